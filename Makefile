@@ -1,0 +1,29 @@
+# Tomeforge: `make help` lists the commands.
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: ## set up this machine into .venv (about 5 min, once)
+	@scripts/setup.sh
+
+demo: setup ## train, export and ask the embedded default model (at most 8 min on two cores)
+	@$(PY) -m scripts.demo
+
+test: setup ## run the whole test suite
+	@$(PY) -m pytest
+
+check: setup ## lint, format and type check
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: setup ## measure ours against the usual way
+	@$(PY) -m scripts.benchmark train
+	@$(PY) -m scripts.benchmark chat
+
+clean: ## remove caches (never outputs/ or .venv)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
