@@ -1,0 +1,101 @@
+"""How a model is told about tools and how it calls them: one definition for training and for chat.
+
+A call is the whole answer, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`; its result goes back
+in a user turn as `<tool_response>…</tool_response>`, which every chat template can render. Both are
+the notation of the Hermes and Qwen families.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.tools import BaseTool
+
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+RESPONSE_START, RESPONSE_END = "<tool_response>", "</tool_response>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool call as the model wrote it: defaults that it left out stay left out."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def tool_schema(tool: BaseTool) -> dict[str, Any]:
+    """Give a tool's JSON schema (pydantic v2)."""
+    return tool.get_input_jsonschema()
+
+
+def _argument(name: str, schema: dict[str, Any], required: bool) -> str:
+    choices = schema.get("enum") or schema.get("items", {}).get("enum")
+    text = name
+    if choices:
+        text += ": " + "|".join(choices)
+    if not required:
+        default = schema.get("default")
+        text += f"={json.dumps({} if default is None else default)}"
+    return text
+
+
+def describe_tool(tool: BaseTool) -> str:
+    """Give one line for the system prompt: `- name(argument, …): first sentence`."""
+    schema = tool_schema(tool)
+    required = set(schema.get("required", ()))
+    arguments = ", ".join(
+        _argument(name, value, name in required) for name, value in schema["properties"].items()
+    )
+    purpose = " ".join(tool.description.split()).split(". ")[0].rstrip(".")
+    return f"- {tool.name}({arguments}): {purpose}."
+
+
+def tool_prompt(tools: Sequence[BaseTool]) -> str:
+    """Give the part of the system prompt that lists the tools: short, and the same every time."""
+    call = render_tool_call(ToolCall("NAME", {}))
+    lines = "\n".join(describe_tool(tool) for tool in tools)
+    return (
+        f"You can call a tool. To call one, answer only with {call}. "
+        f"If no tool is needed, answer in plain text.\nTools:\n{lines}"
+    )
+
+
+def system_with_tools(system: str | None, tools: Sequence[BaseTool]) -> str:
+    """Put the user's own system prompt, if any, before the list of tools."""
+    return "\n\n".join(filter(None, [system, tool_prompt(tools)]))
+
+
+def render_tool_call(call: ToolCall) -> str:
+    """Write a call the way the model is to write it."""
+    body = {"name": call.name, "arguments": call.arguments}
+    return f"{CALL_START}{json.dumps(body, ensure_ascii=False)}{CALL_END}"
+
+
+def render_tool_result(result: str) -> str:
+    """Wrap a tool's result for the user turn that carries it back."""
+    return f"{RESPONSE_START}\n{result}\n{RESPONSE_END}"
+
+
+def parse_tool_call(text: str) -> ToolCall | None:
+    """Read a call from an answer; None when the answer is plain text.
+
+    Raises:
+        ValueError: The answer starts like a call and is none (cut off, no JSON, no name).
+    """
+    body = text.strip()
+    if not body.startswith(CALL_START):
+        return None
+    body = body.removeprefix(CALL_START)
+    if not body.endswith(CALL_END):
+        raise ValueError("the call has no end: it was cut off")
+    try:
+        call = json.loads(body.removesuffix(CALL_END))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the call is no JSON: {error}") from error
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError("the call has no name")
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError("the call's arguments are no object")
+    return ToolCall(call["name"], arguments)
