@@ -1,0 +1,124 @@
+"""The demo: the whole pipeline on the embedded default model, then what came of it.
+
+    make demo
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts._cli import FAILED, OK, TOOL, CommandError, log, run_command
+
+RECIPE = "scripts/recipes/smollm2-135m-cpu.yaml"
+TOOL_REQUEST = (
+    "Please wrap this to 44 columns: A pipeline that checks every stage before the next one starts "
+    "saves more time than a fast one that fails at the end."
+)
+
+
+def _run(command: Sequence[str], accepted: Sequence[int] = (OK,)) -> subprocess.CompletedProcess[str]:
+    """Run a stage; its progress goes to our stderr.
+
+    Raises:
+        CommandError: It ended with another exit code.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in accepted:
+        raise CommandError(
+            f"the demo stopped: `{' '.join(command[-6:])}` ended with exit code {done.returncode}; "
+            "its message is above; run make demo again to go on from there",
+            done.returncode if done.returncode > 0 else FAILED,
+        )
+    return done
+
+
+def ask_with_tools(model: Path) -> dict[str, Any]:
+    """Ask the exported model something that a tool does best."""
+    command = [sys.executable, "-m", "integration.ask", "--model", str(model), "--tools", "--json"]
+    done = _run([*command, "--seed", "1", "--max-tokens", "200", TOOL_REQUEST], accepted=(OK, TOOL))
+    return json.loads(done.stdout)
+
+
+def _block(text: str, prefix: str) -> str:
+    return textwrap.indent(text.strip(), prefix)
+
+
+def _side_by_side(left: str, right: str, width: int = 47) -> str:
+    """Set two texts in two columns."""
+
+    def wrap(text: str) -> list[str]:
+        lines: list[str] = []
+        for line in text.strip().splitlines():
+            lines += textwrap.wrap(line, width) or [""]
+        return lines
+
+    columns = [["BASE", "-" * width, *wrap(left)], ["TUNED", "-" * width, *wrap(right)]]
+    height = max(map(len, columns))
+    padded = [column + [""] * (height - len(column)) for column in columns]
+    return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in zip(*padded, strict=True))
+
+
+def summary(run_dir: Path, reply: dict[str, Any], seconds: float) -> str:
+    """Write the closing text of the demo from the run's own files."""
+    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    answer = evaluation["answers"][0]
+    base, tuned = evaluation["base"], evaluation["tuned"]
+    files = sorted((run_dir / "gguf").glob("*.gguf"))
+    sizes = "\n".join(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in files)
+    small = next(path for path in files if path.stem.endswith("-Q8_0"))
+    calls = reply["tool_calls"]
+    if calls:
+        call = json.dumps(calls[0]["args"], ensure_ascii=False)
+        tool_text = f"  called  {calls[0]['name']}({call})\n" + _block(
+            str(calls[0]["error"] or calls[0]["result"]), "  result  "
+        )
+    else:
+        tool_text = "  it answered without a tool"
+    return f"""
+Held-out loss on {tuned["rows"]} conversations that it did not train on (nats per answer token)
+  before {base["loss"]:.4f} (perplexity {base["perplexity"]:.2f})
+  after  {tuned["loss"]:.4f} (perplexity {tuned["perplexity"]:.2f})
+
+One question: {answer["question"]}
+
+{_side_by_side(answer["base"], answer["tuned"])}
+
+One request for which it may call a tool: {TOOL_REQUEST}
+{tool_text}
+{_block(reply["text"], "  answer  ")}
+
+Files
+{sizes}
+
+Done in {seconds:.0f} s. Try next:
+  .venv/bin/python -m integration.chat --model {small}
+  .venv/bin/python -m integration.ask --model {small} --json "Explain recursion with an example."
+  printf 'Say hi\\nName a colour\\n' | .venv/bin/python -m integration.ask --model {small} --jsonl
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pipeline and print the summary; exit 1 when the model called no tool."""
+    parser = argparse.ArgumentParser(description="Train, export and ask the embedded default model.")
+    parser.add_argument("--recipe", default=RECIPE, help=f"default: {RECIPE}")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    _run(["scripts/pipeline.sh", options.recipe])
+    run_dir = Path("outputs") / Path(options.recipe).stem
+    model = next((run_dir / "gguf").glob("*-Q8_0.gguf"))
+    reply = ask_with_tools(model)
+    print(summary(run_dir, reply, time.monotonic() - started))
+    if not any(call["error"] is None for call in reply["tool_calls"]):
+        log("error: the tuned model called no tool in this run; train longer (max_rows: 0, tool_rows: 400)")
+        return FAILED
+    return OK
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,182 @@
+"""Base against tuned on a run's held-out rows: loss, perplexity, and answers side by side.
+
+Reads ``adapter/`` and ``data/eval.jsonl``, writes ``evaluation.json``. The base is the same model with
+the adapter switched off, so both see the same weights, tokens and arithmetic.
+
+    python -m scripts.evaluate_model --config scripts/recipes/smollm2-135m-cpu.yaml
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import prepare_data
+from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
+from scripts.render import IGNORED, EncodedConversation, render
+from scripts.train_lora import encode_rows, load_rows
+
+QUESTIONS = ("Explain recursion with an example.",)
+MAX_ANSWER_TOKENS = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean negative log-likelihood of the trained tokens, in nats per token."""
+
+    loss: float
+    tokens: int
+    rows: int
+
+    def to_json(self) -> dict[str, float]:
+        """Give the numbers, with the perplexity."""
+        return {
+            "loss": round(self.loss, 4),
+            "perplexity": round(math.exp(self.loss), 3),
+            "tokens": self.tokens,
+            "rows": self.rows,
+        }
+
+
+def held_out_loss(
+    model: Any, rows: Sequence[EncodedConversation], batch_size: int
+) -> HeldOutLoss:
+    """Measure the loss on answers; every trained token weighs the same.
+
+    Args:
+        model: A causal language model; its logits have shape (B, T, V).
+        rows: Encoded conversations.
+        batch_size: Rows in one forward pass; similar lengths go together.
+    """
+    import torch
+
+    total, tokens = 0.0, 0
+    order = sorted(rows, key=lambda row: len(row.input_ids))
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            length = max(len(row.input_ids) for row in batch)
+            ids = torch.zeros(len(batch), length, dtype=torch.long, device=model.device)
+            labels = torch.full_like(ids, IGNORED)
+            mask = torch.zeros_like(ids)
+            for index, row in enumerate(batch):
+                size = len(row.input_ids)
+                ids[index, :size] = torch.tensor(row.input_ids)
+                labels[index, :size] = torch.tensor(row.labels)
+                mask[index, :size] = 1
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            wanted = labels[:, 1:] != IGNORED
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1][wanted].float(), labels[:, 1:][wanted], reduction="sum"
+            )
+            total, tokens = total + float(loss), tokens + int(wanted.sum())
+    return HeldOutLoss(total / tokens, tokens, len(rows))
+
+
+def generate_answer(model: Any, tokenizer: Any, question: str) -> str:
+    """Answer a question greedily."""
+    import torch
+
+    text = render(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def _file_hash(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_eval_rows(recipe: TrainingRecipe, eval_file: Path | None) -> tuple[Path, list[dict[str, Any]]]:
+    if eval_file is None:
+        path = recipe.run_dir / "data" / "eval.jsonl"
+        return path, load_rows(path)
+    raw, _ = prepare_data.read_file(eval_file)
+    rows = []
+    for row in raw:
+        with contextlib.suppress(prepare_data.RowRejectedError):
+            rows.append({"messages": prepare_data.to_messages(row)})
+    if not rows:
+        raise CommandError(f"--eval-file '{eval_file}' has no usable conversation")
+    log(f"evaluate: {len(rows)} of {len(raw)} rows of {eval_file} are usable")
+    return eval_file, rows
+
+
+def evaluate(recipe: TrainingRecipe, eval_file: Path | None = None) -> Path:
+    """Compare base and tuned; return ``evaluation.json``.
+
+    Raises:
+        CommandError: There is no adapter yet, or the rows are unusable.
+    """
+    adapter_dir = recipe.run_dir / "adapter"
+    weights = adapter_dir / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise CommandError(
+            f"'{adapter_dir}' has no adapter; train one: python -m scripts.train_lora --config …", MODEL
+        )
+    eval_path, raw_rows = _read_eval_rows(recipe, eval_file)
+    output = recipe.run_dir / "evaluation.json"
+    inputs = _file_hash(weights, eval_path, Path(__file__))
+    if output.is_file() and json.loads(output.read_text(encoding="utf-8")).get("inputs") == inputs:
+        log(f"evaluate: {output} is up to date")
+        return output
+
+    from scripts.model_loading import load_model
+
+    model, tokenizer = load_model(recipe)
+    from peft import PeftModel
+
+    tuned = PeftModel.from_pretrained(model, str(adapter_dir))
+    rows = encode_rows(tokenizer, raw_rows, recipe.max_length, "held out")
+    started = time.monotonic()
+    result: dict[str, Any] = {"inputs": inputs, "held_out_file": str(eval_path)}
+    with tuned.disable_adapter():
+        result["base"] = held_out_loss(tuned, rows, recipe.per_device_train_batch_size).to_json()
+        before = [generate_answer(tuned, tokenizer, question) for question in QUESTIONS]
+    result["tuned"] = held_out_loss(tuned, rows, recipe.per_device_train_batch_size).to_json()
+    after = [generate_answer(tuned, tokenizer, question) for question in QUESTIONS]
+    result["answers"] = [
+        {"question": question, "base": base, "tuned": answer}
+        for question, base, answer in zip(QUESTIONS, before, after, strict=True)
+    ]
+    result["seconds"] = round(time.monotonic() - started, 1)
+    write_atomically(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    base, now = result["base"]["loss"], result["tuned"]["loss"]
+    log(f"evaluate: held-out loss {base:.4f} -> {now:.4f} ({now / base - 1:+.1%})")
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a run; exit 1 when the held-out loss did not fall."""
+    parser = argparse.ArgumentParser(description="Base against tuned: evaluation.json of a run.")
+    parser.add_argument("--eval-file", type=Path, help="measure on these rows instead")
+    recipe, options = parse_recipe("", argv, parser)
+    with contextlib.redirect_stdout(sys.stderr):
+        output = evaluate(recipe, options.eval_file)
+    print(output)
+    result = json.loads(output.read_text(encoding="utf-8"))
+    return OK if result["tuned"]["loss"] < result["base"]["loss"] else FAILED
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,62 @@
+"""What a run was made of: versions, hashes and the identity of its base model."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "unsloth",
+    "unsloth_zoo",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+]
+_EDGE_BYTES = 1 << 20
+
+
+def base_fingerprint(model_dir: Path) -> str | None:
+    """Identify a model folder's weights without reading all of them.
+
+    SHA-256 over, for each ``*.safetensors`` sorted by name: name, size in decimal, first MiB, last
+    MiB. ``export.base_model`` computes the same and refuses an adapter that was trained on another
+    base.
+
+    Returns:
+        The hex digest, or None when there is no such file (a hub name, other weight formats).
+    """
+    files = sorted(model_dir.glob("*.safetensors")) if model_dir.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(path.name.encode() + str(size).encode())
+        with path.open("rb") as weights:
+            digest.update(weights.read(_EDGE_BYTES))
+            weights.seek(max(0, size - _EDGE_BYTES))
+            digest.update(weights.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Give the versions that decide a training result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_provenance(run_dir: Path) -> dict[str, Any]:
+    """Read ``provenance.json`` of a run; empty when there is none."""
+    path = run_dir / "provenance.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
