@@ -1,0 +1,100 @@
+"""LoRA GGUFs by name over one loaded base: checked before the C library sees them."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from integration._cli import MODEL, CommandError
+from integration.gguf_header import read_header
+from integration.llm import SafeLlamaCpp
+
+BASE = "base"
+
+
+def parse_adapter_options(options: Sequence[str]) -> dict[str, Path]:
+    """Read ``NAME=FILE`` options.
+
+    Raises:
+        CommandError: Exit 2; wrong form, or a name given twice.
+    """
+    named: dict[str, Path] = {}
+    for option in options:
+        name, sign, file = option.partition("=")
+        if not (name and sign and file):
+            raise CommandError(f"--adapter: got '{option}', expected NAME=FILE")
+        if name == BASE or name in named:
+            raise CommandError(f"--adapter: the name '{name}' is taken; choose another one")
+        named[name] = Path(file)
+    return named
+
+
+class Adapters:
+    """Named adapters of one model; one is active at a time, or none.
+
+    Args:
+        model: The loaded base.
+        files: LoRA GGUFs by name.
+
+    Raises:
+        CommandError: Exit 3; a file is missing, broken, no adapter, or of another architecture.
+    """
+
+    def __init__(self, model: SafeLlamaCpp, files: dict[str, Path]) -> None:
+        self._model, self.active = model, BASE
+        self._handles: dict[str, Any] = {name: self._load(path) for name, path in files.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Names that can be activated, the plain base first."""
+        return [BASE, *self._handles]
+
+    def _load(self, path: Path) -> Any:
+        import llama_cpp
+
+        header = read_header(path)
+        if not header.is_adapter:
+            raise CommandError(f"adapter '{path}' is a whole model, expected a LoRA GGUF", MODEL)
+        if header.architecture != self._model.header.architecture:
+            raise CommandError(
+                f"adapter '{path}' is for {header.architecture}, the model is "
+                f"{self._model.header.architecture}; use the base it was trained on",
+                MODEL,
+            )
+        handle = llama_cpp.llama_adapter_lora_init(
+            self._model.client._model.model, str(path).encode("utf-8")
+        )
+        if not handle:
+            raise CommandError(
+                f"adapter '{path}' does not fit the model '{self._model.model_path}'; use the base it "
+                "was trained on",
+                MODEL,
+            )
+        return handle
+
+    def use(self, name: str) -> None:
+        """Make one adapter, or the plain base, the active one.
+
+        Keys and values in the cache depend on the adapter, so a switch clears them.
+
+        Raises:
+            CommandError: Exit 2; no adapter has this name.
+        """
+        import llama_cpp
+
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            hint = f", did you mean '{near[0]}'?" if near else f"; expected {', '.join(self.names)}"
+            raise CommandError(f"no adapter is called '{name}'{hint}")
+        if name == self.active:
+            return
+        handles = [] if name == BASE else [self._handles[name]]
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
+        scales = (llama_cpp.ctypes.c_float * len(handles))(*[1.0] * len(handles))
+        context = self._model.client._ctx.ctx
+        code = llama_cpp.llama_set_adapters_lora(context, pointers, len(handles), scales)
+        if code != 0:
+            raise CommandError(f"llama.cpp could not activate the adapter '{name}'", MODEL)
+        self._model.client.reset()
+        self._model.client._ctx.kv_cache_clear()
+        self.active = name

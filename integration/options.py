@@ -1,0 +1,109 @@
+"""Command-line options that `ask` and `chat` share, and what they load."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from integration._cli import CommandError
+
+if TYPE_CHECKING:
+    from integration.adapters import Adapters
+    from integration.llm import SafeLlamaCpp, Settings
+
+
+@dataclass
+class Session:
+    """A loaded model with its adapters, tools and decoding settings."""
+
+    model: "SafeLlamaCpp"
+    adapters: "Adapters"
+    settings: "Settings"
+    tools: Sequence[Any]
+    system: str | None
+    seed: int
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 or more")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser, tools_default: bool) -> None:
+    """Add the options of the contract."""
+    parser.add_argument("--model", required=True, type=Path, metavar="GGUF", help="the model file")
+    parser.add_argument(
+        "--tools",
+        action=argparse.BooleanOptionalAction,
+        default=tools_default,
+        help="let the model call tools",
+    )
+    parser.add_argument(
+        "--system", metavar="NAME|TEXT|@FILE", help="system prompt, such as cognitive_designer"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a LoRA GGUF; repeatable",
+    )
+    parser.add_argument(
+        "--route", default="base", metavar="NAME|base", help="adapter that answers (default: base)"
+    )
+    parser.add_argument("--max-tokens", type=positive_int, default=512, help="longest answer")
+    parser.add_argument(
+        "--temperature", type=non_negative_float, default=0.2, help="0 = always the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, help="repeat an answer; drawn and reported by default")
+    parser.add_argument("--threads", type=positive_int, help="default: what this process may use")
+    parser.add_argument("--n-ctx", type=positive_int, help="context in tokens; default: the file's")
+    parser.add_argument(
+        "--timeout",
+        type=non_negative_float,
+        default=0.0,
+        metavar="S",
+        help="seconds an answer may take",
+    )
+
+
+def open_session(options: argparse.Namespace) -> Session:
+    """Load the model and everything the options name.
+
+    Raises:
+        CommandError: With the exit code of the contract.
+    """
+    from integration.adapters import Adapters, parse_adapter_options
+    from integration.llm import Settings, load_model
+    from integration.system_prompts import load_system_prompt
+
+    if options.route == "auto":
+        raise CommandError(
+            "--route auto: no router has been trained here; name an adapter or base instead"
+        )
+    system = load_system_prompt(options.system)
+    files = parse_adapter_options(options.adapter)
+    model = load_model(options.model, n_ctx=options.n_ctx, n_threads=options.threads)
+    adapters = Adapters(model, files)
+    adapters.use(options.route)
+    tools: Sequence[Any] = ()
+    if options.tools:
+        from tools import TOOLS
+
+        tools = TOOLS
+    settings = Settings(
+        max_tokens=options.max_tokens, temperature=options.temperature, timeout_s=options.timeout
+    )
+    return Session(model, adapters, settings, tools, system, model.set_seed(options.seed))
