@@ -60,7 +60,7 @@ def trained_texts(tokenizer, row) -> list[str]:
 
 
 def test_every_answer_is_trained_with_its_end_and_nothing_else(formatted):
-    chat = CHAT if "system" in str(formatted.chat_template) else CHAT[1:]
+    chat = CHAT[1:] if "[INST]" in formatted.chat_template else CHAT
     row = encode_conversation(formatted, chat, 400)
     texts = [text.strip() for text in trained_texts(formatted, row)]
     end = formatted.eos_token
