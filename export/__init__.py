@@ -1,0 +1,1 @@
+"""From an adapter to files that run on a CPU: merge, convert, quantize, verify."""

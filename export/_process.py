@@ -1,0 +1,38 @@
+"""Child processes: quiet threads, and errors that carry what the child said last."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from export._cli import FAILED, CommandError
+
+# Threads that wait for each other sleep instead of spinning: several times faster where the cores
+# are shared (Colab, a busy laptop). Read by OpenMP when torch or llama.cpp are loaded.
+QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+_NUM_ERROR_LINES = 20
+
+
+def run_checked(command: list[str], what: str, cwd: Path | None = None) -> str:
+    """Run a subprocess and give its stderr.
+
+    Raises:
+        CommandError: Exit 1, with the command, its exit code and its last stderr lines.
+    """
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**QUIET_THREADS, **os.environ},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        tail = (done.stderr or done.stdout).strip().splitlines()[-_NUM_ERROR_LINES:]
+        raise CommandError(
+            f"{what} failed with exit code {done.returncode}: {shlex.join(command)} — "
+            + " | ".join(line.strip() for line in tail if line.strip()),
+            FAILED,
+        )
+    return done.stderr

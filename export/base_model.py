@@ -1,0 +1,299 @@
+"""Find the 16-bit base model of an adapter, and prove that the two belong together.
+
+In: the base's name or folder, an adapter. Out: a `BaseModel`: folder, tensor index, fingerprint.
+"""
+
+import hashlib
+import json
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export._cli import MODEL, CommandError, log
+from export.lora_math import Adapter
+
+_HEAD_BYTES = 1 << 20
+_BNB_SUFFIX = re.compile(r"(-unsloth)?-bnb-4bit$")
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
+_FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
+_BIT_TYPES = {"U8", "I8", "F8_E4M3", "F8_E5M2"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: shard, safetensors type, shape, and its bytes within the data."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_weights(self) -> int:
+        """Count the elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A checked base: `name` as users know it, `tensors` by name in the order of the file."""
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    fingerprint: str
+
+
+def base_fingerprint(model_dir: Path) -> str:
+    """Identify a model folder's weights without reading them all.
+
+    The sha256 is updated with, in order, for each `*.safetensors` file sorted by name: its name
+    (UTF-8), its size (decimal ASCII), its first 1 MiB, its last 1 MiB. The training stage writes
+    the same value into `provenance.json`; keep both in step.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.safetensors"), key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(path.name.encode("utf-8"))
+        digest.update(str(size).encode("ascii"))
+        with path.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+            file.seek(max(0, size - _HEAD_BYTES))
+            digest.update(file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def load_base(adapter: Adapter, override: Path | None = None) -> BaseModel:
+    """Resolve the base of an adapter and check that the adapter was trained on it.
+
+    Raises:
+        CommandError: Exit 3: the base is missing, quantized, damaged, or another one.
+    """
+    name = adapter.config.base_name
+    model_dir = _resolve_dir(name, adapter.config.base_revision, override)
+    config = read_json(model_dir / "config.json")
+    tensors = read_tensor_index(model_dir)
+    _refuse_quantized(model_dir, config, tensors)
+    base = BaseModel(
+        model_dir, _public_name(model_dir, name), config, tensors, base_fingerprint(model_dir)
+    )
+    check_adapter_fits(adapter, base)
+    _check_provenance(adapter, base)
+    return base
+
+
+def _resolve_dir(name: str, revision: str | None, override: Path | None) -> Path:
+    if override is not None:
+        if not (override / "config.json").is_file():
+            raise CommandError(f"--base '{override}' has no config.json; expected a model", MODEL)
+        return override
+    if not name:
+        raise CommandError(
+            "adapter_config.json names no base_model_name_or_path; name the base: --base DIR", MODEL
+        )
+    if Path(name).is_dir():
+        return Path(name)
+    if not _HUB_NAME.match(name) or name.startswith("outputs/"):
+        hint = "; write it: python -m scripts.default_model" if "SmolLM2-135M" in name else ""
+        raise CommandError(
+            f"base model '{name}' does not exist (seen from {Path.cwd()}){hint}; "
+            "or name another place: --base DIR",
+            MODEL,
+        )
+    hub_name = _BNB_SUFFIX.sub("", name)
+    if hub_name != name:
+        log(f"base: '{name}' is quantized, taking the 16-bit weights of '{hub_name}'")
+        revision = None
+    return _download(hub_name, revision)
+
+
+def _download(hub_name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub_name,
+            revision=revision,
+            allow_patterns=_HUB_PATTERNS,
+            ignore_patterns=_HUB_IGNORED,
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CommandError(
+            f"base model '{hub_name}' is no local folder and cannot be had from the hub "
+            f"({reason}); put the 16-bit weights in a folder and name it: --base DIR",
+            MODEL,
+        ) from error
+    return Path(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder.
+
+    Raises:
+        CommandError: Exit 3: missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CommandError(f"'{path}' is missing; expected a model folder", MODEL) from None
+    except ValueError as error:
+        raise CommandError(f"'{path}' is no valid JSON: {error}", MODEL) from error
+    if not isinstance(content, dict):
+        raise CommandError(f"'{path}' holds a {type(content).__name__}, expected keys", MODEL)
+    return content
+
+
+def read_tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
+    """List a model folder's tensors from the headers of its safetensors shards.
+
+    Raises:
+        CommandError: Exit 3: no safetensors, a missing shard, or a damaged or truncated one.
+    """
+    index_path = model_dir / "model.safetensors.index.json"
+    if index_path.is_file():
+        shards = sorted(set(read_json(index_path).get("weight_map", {}).values()))
+    else:
+        shards = ["model.safetensors"]
+    missing = [shard for shard in shards if not (model_dir / shard).is_file()]
+    if missing:
+        raise CommandError(
+            f"base model '{model_dir}' lacks {', '.join(missing)}; expected 16-bit safetensors",
+            MODEL,
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        tensors.update(_read_shard_header(model_dir, shard))
+    return tensors
+
+
+def _read_shard_header(model_dir: Path, shard: str) -> dict[str, TensorInfo]:
+    path = model_dir / shard
+    data_bytes = path.stat().st_size - 8 - header_length(path)
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            header = json.loads(file.read(header_length(path)))
+            header.pop("__metadata__", None)
+            found = {
+                name: TensorInfo(shard, item["dtype"], tuple(item["shape"]), *item["data_offsets"])
+                for name, item in header.items()
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(
+                f"'{path}' is no valid safetensors file; copy it again", MODEL
+            ) from error
+    end = max((info.end for info in found.values()), default=0)
+    if end != data_bytes:
+        raise CommandError(
+            f"'{path}' holds {data_bytes} bytes of weights, its header says {end}: "
+            "incomplete; copy it again",
+            MODEL,
+        )
+    return dict(sorted(found.items(), key=lambda item: item[1].begin))
+
+
+def header_length(path: Path) -> int:
+    """Give the length of a safetensors header; weights begin 8 bytes after it.
+
+    Raises:
+        CommandError: Exit 3: the file is too short to be one.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+    if not 0 < length <= path.stat().st_size - 8:
+        raise _damaged(path)
+    return int(length)
+
+
+def _damaged(path: Path) -> CommandError:
+    return CommandError(f"'{path}' is no valid safetensors file; copy it again", MODEL)
+
+
+def _refuse_quantized(
+    model_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> None:
+    quantized = [name for name, info in tensors.items() if info.dtype in _BIT_TYPES]
+    method = (config.get("quantization_config") or {}).get("quant_method", "?")
+    if config.get("quantization_config") or quantized:
+        found = f"quantization_config ({method})" if not quantized else f"packed '{quantized[0]}'"
+        raise CommandError(
+            f"base model '{model_dir}' is quantized: {found}; a merge into it would round twice. "
+            "Name the 16-bit model it was made from: --base DIR",
+            MODEL,
+        )
+
+
+def check_adapter_fits(adapter: Adapter, base: BaseModel) -> None:
+    """Check that each adapted module is in the base, in the adapter's shape.
+
+    Raises:
+        CommandError: Exit 3, naming the first module that does not fit.
+    """
+    for name, module in adapter.modules.items():
+        info = base.tensors.get(name)
+        if info is None:
+            tied = name == "lm_head.weight" and base.config.get("tie_word_embeddings")
+            reason = (
+                "shares its lm_head with the embedding; train without lm_head"
+                if tied
+                else f"has no tensor '{name}'; name the one it was trained on: --base DIR"
+            )
+            raise CommandError(f"adapter for another base: '{base.path}' {reason}", MODEL)
+        if info.shape != module.shape or info.dtype not in _FLOAT_TYPES:
+            raise CommandError(
+                f"adapter for another base: '{name}' is {info.dtype} {info.shape} in "
+                f"'{base.path}', expected {module.shape}; name the one it was trained on: "
+                "--base DIR",
+                MODEL,
+            )
+
+
+def read_provenance(adapter_dir: Path) -> dict[str, Any]:
+    """Read the run's `provenance.json` beside the adapter folder; empty if there is none."""
+    path = adapter_dir.resolve().parent / "provenance.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _check_provenance(adapter: Adapter, base: BaseModel) -> None:
+    trained_on = read_provenance(adapter.path).get("base_model")
+    expected = trained_on.get("fingerprint") if isinstance(trained_on, dict) else None
+    if expected is not None and expected != base.fingerprint:
+        raise CommandError(
+            f"adapter for another base: provenance.json says fingerprint {expected[:12]}…, "
+            f"'{base.path}' has {base.fingerprint[:12]}…; name the one it was trained on: "
+            "--base DIR",
+            MODEL,
+        )
+
+
+def front_matter(model_dir: Path) -> dict[str, str]:
+    """Give the plain `key: value` lines of README.md's YAML front matter."""
+    path = model_dir / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    lines = re.findall(r"^([\w-]+): *([^\s\[{|>&#].*)$", match[1] if match else "", re.MULTILINE)
+    return {key: value.strip().strip("'\"") for key, value in lines}
+
+
+def _public_name(model_dir: Path, name: str) -> str:
+    """Name the base as the hub knows it, for cards; a local path means nothing elsewhere."""
+    if name and not Path(name).exists() and _HUB_NAME.match(name):
+        return _BNB_SUFFIX.sub("", name)
+    return front_matter(model_dir).get("base_model", model_dir.resolve().name)
