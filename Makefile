@@ -21,7 +21,6 @@ check: setup ## lint, format and type check
 	@$(PY) -m mypy
 
 bench: setup ## measure ours against the usual way
-	@$(PY) -m scripts.benchmark train
 	@$(PY) -m scripts.benchmark chat
 
 clean: ## remove caches (never outputs/ or .venv)

@@ -31,10 +31,8 @@ def usable_threads(cgroup: Path = _CGROUP) -> int:
     llama.cpp and Ollama count the host's cores; under a quota that costs up to 45 times
     (ollama/ollama#17916).
     """
-    if hasattr(os, "sched_getaffinity"):
-        available = len(os.sched_getaffinity(0))
-    else:
-        available = os.cpu_count() or 1
+    affine = hasattr(os, "sched_getaffinity")  # Linux only
+    available = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
     quota = cpu_quota(cgroup)
     return max(1, available if quota is None else min(available, round(quota)))
 

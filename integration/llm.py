@@ -365,7 +365,7 @@ def load_model(
         raise CommandError(f"model '{path}' holds no model weights; export it again", MODEL)
     threads = n_threads or usable_threads()
     try:
-        model = SafeLlamaCpp(
+        model = SafeLlamaCpp(  # type: ignore[call-arg]
             model_path=str(path),
             n_ctx=context_size(header, n_ctx),
             n_threads=threads,

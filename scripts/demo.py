@@ -1,6 +1,6 @@
 """The demo: the whole pipeline on the embedded default model, then what came of it.
 
-    make demo
+make demo
 """
 
 import argparse
@@ -22,7 +22,9 @@ TOOL_REQUEST = (
 )
 
 
-def _run(command: Sequence[str], accepted: Sequence[int] = (OK,)) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: Sequence[str], accepted: Sequence[int] = (OK,)
+) -> subprocess.CompletedProcess[str]:
     """Run a stage; its progress goes to our stderr.
 
     Raises:
@@ -105,7 +107,9 @@ Done in {seconds:.0f} s. Try next:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline and print the summary; exit 1 when the model called no tool."""
-    parser = argparse.ArgumentParser(description="Train, export and ask the embedded default model.")
+    parser = argparse.ArgumentParser(
+        description="Train, export and ask the embedded default model."
+    )
     parser.add_argument("--recipe", default=RECIPE, help=f"default: {RECIPE}")
     options = parser.parse_args(argv)
     started = time.monotonic()
@@ -115,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reply = ask_with_tools(model)
     print(summary(run_dir, reply, time.monotonic() - started))
     if not any(call["error"] is None for call in reply["tool_calls"]):
-        log("error: the tuned model called no tool in this run; train longer (max_rows: 0, tool_rows: 400)")
+        log(
+            "error: the tuned model called no tool in this run; train longer (max_rows: 0, tool_rows: 400)"
+        )
         return FAILED
     return OK
 

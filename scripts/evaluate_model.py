@@ -46,9 +46,7 @@ class HeldOutLoss:
         }
 
 
-def held_out_loss(
-    model: Any, rows: Sequence[EncodedConversation], batch_size: int
-) -> HeldOutLoss:
+def held_out_loss(model: Any, rows: Sequence[EncodedConversation], batch_size: int) -> HeldOutLoss:
     """Measure the loss on answers; every trained token weighs the same.
 
     Args:
@@ -107,7 +105,9 @@ def _file_hash(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_eval_rows(recipe: TrainingRecipe, eval_file: Path | None) -> tuple[Path, list[dict[str, Any]]]:
+def _read_eval_rows(
+    recipe: TrainingRecipe, eval_file: Path | None
+) -> tuple[Path, list[dict[str, Any]]]:
     if eval_file is None:
         path = recipe.run_dir / "data" / "eval.jsonl"
         return path, load_rows(path)
@@ -132,7 +132,8 @@ def evaluate(recipe: TrainingRecipe, eval_file: Path | None = None) -> Path:
     weights = adapter_dir / "adapter_model.safetensors"
     if not weights.is_file():
         raise CommandError(
-            f"'{adapter_dir}' has no adapter; train one: python -m scripts.train_lora --config …", MODEL
+            f"'{adapter_dir}' has no adapter; train one: python -m scripts.train_lora --config …",
+            MODEL,
         )
     eval_path, raw_rows = _read_eval_rows(recipe, eval_file)
     output = recipe.run_dir / "evaluation.json"

@@ -2,7 +2,7 @@
 
 Each row is a chat with the tool list as its system turn: a request, then either a call (sometimes
 with its result and an answer from it) or, for requests that need no tool, a plain answer. The texts
-are sentences of the shipped sample.
+are sentences of the run's training rows.
 
     python -m scripts.make_tool_data --rows 200 --seed 7 > tool_rows.jsonl
 """
@@ -11,8 +11,8 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from scripts._cli import OK, CommandError, run_command
 
 SAMPLE_PATH = Path(__file__).parent / "data" / "finetome_sample.jsonl"
 Row = dict[str, Any]
+Message = dict[str, str]
 
 # Shares of the kinds; plain answers are as common as any tool, or a small model calls for everything.
 KINDS = {
@@ -30,6 +31,7 @@ KINDS = {
 }
 ANSWERED_SHARE = 0.3
 MAX_PLAIN_CHARACTERS = 1000
+MIN_SENTENCES = 20
 
 FORMAT_REQUESTS = (
     "Format this text to {width} characters per line: {text}",
@@ -192,32 +194,54 @@ NAMES = [
 DOMAINS = ["example.com", "mail.example.org", "post.example.net", "school.example.edu"]
 
 
-@cache
-def sample_rows() -> list[list[dict[str, str]]]:
-    """Read the shipped sample's conversations."""
-    lines = SAMPLE_PATH.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["conversations"] for line in lines]
+@dataclass(frozen=True)
+class Corpus:
+    """Texts that the rows are made of.
+
+    Attributes:
+        sentences: Plain sentences, 40 to 220 characters long.
+        questions: Short single exchanges, asked beside the tool list and answered without a tool.
+    """
+
+    sentences: list[str]
+    questions: list[list[Message]]
+
+    @classmethod
+    def of(cls, conversations: Iterable[list[Message]]) -> "Corpus":
+        """Take the usable parts of conversations; give training rows only, or held-out text leaks."""
+        found: dict[str, None] = {}
+        questions = []
+        for messages in conversations:
+            roles = [message["role"] for message in messages]
+            length = sum(len(message["content"]) for message in messages)
+            if roles == ["user", "assistant"] and length < MAX_PLAIN_CHARACTERS:
+                questions.append(messages)
+            for message in messages:
+                for sentence in re.split(r"(?<=[.!?])\s+|\n+", message["content"]):
+                    plain = 40 <= len(sentence) <= 220 and not re.search(r'[`*|#"{}<>]', sentence)
+                    if plain and sentence[0].isupper() and sentence[-1] in ".!?":
+                        found[sentence] = None
+        return cls(list(found), questions)
 
 
-@cache
-def sentences() -> list[str]:
-    """Give plain sentences of the sample, 40 to 220 characters long."""
-    found: dict[str, None] = {}
-    for turns in sample_rows():
-        for turn in turns:
-            for sentence in re.split(r"(?<=[.!?])\s+|\n+", turn["value"]):
-                plain = 40 <= len(sentence) <= 220 and not re.search(r'[`*|#"{}<>]', sentence)
-                if plain and sentence[0].isupper() and sentence[-1] in ".!?":
-                    found[sentence] = None
-    return list(found)
+def sample_conversations() -> list[list[Message]]:
+    """Read the shipped sample as messages."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return [
+        [
+            {"role": roles[turn["from"]], "content": turn["value"]}
+            for turn in json.loads(line)["conversations"]
+        ]
+        for line in SAMPLE_PATH.read_text(encoding="utf-8").splitlines()
+    ]
 
 
-def _text(rng: random.Random) -> str:
-    return " ".join(rng.sample(sentences(), rng.choice((1, 1, 2))))
+def _text(rng: random.Random, corpus: Corpus) -> str:
+    return " ".join(rng.sample(corpus.sentences, rng.choice((1, 1, 2))))
 
 
-def _format_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    text = _text(rng)
+def _format_request(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, Any]]:
+    text = _text(rng, corpus)
     width = rng.choice((20, 24, 30, 32, 36, 40, 45, 48, 50, 55, 60, 64, 66, 70, 72, 76, 100, 120))
     indent = rng.choice((1, 2, 3, 4, 6, 8))
     templates, arguments = rng.choices(
@@ -232,16 +256,16 @@ def _format_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return rng.choice(templates).format(text=text, width=width, indent=indent), arguments
 
 
-def _template_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _template_request(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, Any]]:
     kind = rng.choice(list(TEMPLATE_NAMES))
     request = rng.choice(TEMPLATE_REQUESTS).format(name=rng.choice(TEMPLATE_NAMES[kind]))
     return request, {"template_type": kind}
 
 
-def _text_for_rule(rule: str, rng: random.Random) -> str:
+def _text_for_rule(rule: str, rng: random.Random, corpus: Corpus) -> str:
     """Give a text for which the rule is worth asking: it holds about every other time."""
     holds = rng.random() < 0.5
-    name, domain, sentence = rng.choice(NAMES), rng.choice(DOMAINS), rng.choice(sentences())
+    name, domain, sentence = rng.choice(NAMES), rng.choice(DOMAINS), rng.choice(corpus.sentences)
     number = rng.randint(2, 99)
     texts = {
         "is_email": (f"{name}{number}@{domain}", f"{name}.{domain}"),
@@ -255,12 +279,12 @@ def _text_for_rule(rule: str, rng: random.Random) -> str:
     return texts.get(rule, (sentence, sentence))[0 if holds else 1]
 
 
-def _check_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _check_request(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, Any]]:
     first = rng.choice(list(RULE_PHRASES))
     rules = [first]
     if rng.random() < 0.25:
         rules.append(rng.choice([rule for rule in RULE_PHRASES if rule != first]))
-    text = _text_for_rule(first, rng)
+    text = _text_for_rule(first, rng, corpus)
     asked = " and ".join(rng.choice(RULE_PHRASES[rule]) for rule in rules)
     request = rng.choice(CHECK_REQUESTS).replace("{rules}", asked).replace("{text}", text)
     return request, {"text": text, "rules": rules}
@@ -275,32 +299,31 @@ def _answer_from_result(name: str, arguments: dict[str, Any], result: str) -> st
     return f"Here is the formatted text:\n\n{result}"
 
 
-def _plain_turns(rng: random.Random) -> list[dict[str, str]]:
-    if rng.random() < 0.45:
+def _plain_turns(rng: random.Random, corpus: Corpus) -> list[Message]:
+    if rng.random() < 0.45 or not corpus.questions:
         question, answer = rng.choice(SMALL_TALK)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    short = [
-        turns
-        for turns in sample_rows()
-        if [turn["from"] for turn in turns] == ["human", "gpt"]
-        and sum(len(turn["value"]) for turn in turns) < MAX_PLAIN_CHARACTERS
-    ]
-    question, answer = rng.choice(short)
-    return [
-        {"role": "user", "content": question["value"]},
-        {"role": "assistant", "content": answer["value"]},
-    ]
+    return list(rng.choice(corpus.questions))
 
 
-def generate_conversations(num_rows: int, seed: int) -> Iterator[Row]:
+def generate_conversations(num_rows: int, seed: int, corpus: Corpus) -> Iterator[Row]:
     """Yield rows of ``messages``, ``source`` and ``kind``.
 
     Args:
         num_rows: How many.
-        seed: The same seed gives the same rows.
+        seed: The same seed and corpus give the same rows.
+        corpus: Where the texts come from.
+
+    Raises:
+        CommandError: The corpus has too few sentences.
     """
     if not num_rows:
         return
+    if len(corpus.sentences) < MIN_SENTENCES:
+        raise CommandError(
+            f"tool_rows: the data has {len(corpus.sentences)} plain sentences to build requests from, "
+            f"expected at least {MIN_SENTENCES}; set tool_rows: 0 or add rows"
+        )
     from tools import TOOLS
     from tools.protocol import ToolCall, render_tool_call, render_tool_result, tool_prompt
 
@@ -314,10 +337,11 @@ def generate_conversations(num_rows: int, seed: int) -> Iterator[Row]:
     system = {"role": "system", "content": tool_prompt(TOOLS)}
     for _ in range(num_rows):
         kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+        turns: list[Message]
         if kind == "plain":
-            turns = _plain_turns(rng)
+            turns = _plain_turns(rng, corpus)
         else:
-            request, arguments = makers[kind](rng)
+            request, arguments = makers[kind](rng, corpus)
             call = render_tool_call(ToolCall(kind, arguments))
             turns = [
                 {"role": "user", "content": request},
@@ -344,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.rows < 1:
         raise CommandError(f"--rows: got {arguments.rows}, expected at least 1")
-    for row in generate_conversations(arguments.rows, arguments.seed):
+    corpus = Corpus.of(sample_conversations())
+    for row in generate_conversations(arguments.rows, arguments.seed, corpus):
         print(json.dumps(row, ensure_ascii=False))
     return OK
 

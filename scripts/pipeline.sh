@@ -54,11 +54,15 @@ run_stage() {
     evaluate) "$PY" -m scripts.evaluate_model --config "$RECIPE" --output-root "$OUTPUTS" ;;
     export) "$PY" -m export.export_gguf "$RUN/adapter" --output "$RUN/gguf" --quantization "$QUANTIZATION" ;;
     verify)
-      local file
+      local file certificate="$RUN/gguf/certificate.json"
       for file in "$RUN"/gguf/*.gguf; do
-        "$PY" -m export.verify_gguf "$file" --reference "$RUN/adapter" >/dev/null
+        if [ "$certificate" -nt "$file" ] && grep -q "\"$(basename "$file")\"" "$certificate" && ! grep -q '"passed": false' "$certificate"; then
+          printf 'verify: %s is up to date\n' "$file" >&2
+        else
+          "$PY" -m export.verify_gguf "$file" --reference "$RUN/adapter" >/dev/null
+        fi
       done
-      echo "$RUN/gguf/certificate.json" ;;
+      echo "$certificate" ;;
   esac
 }
 for number in $(seq "$FROM" "$TO"); do

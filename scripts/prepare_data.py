@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import OK, CommandError, log, run_command
-from scripts.make_tool_data import generate_conversations
+from scripts.make_tool_data import Corpus, generate_conversations
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
 
 ROLES = {
@@ -136,7 +136,7 @@ def to_messages(row: Any) -> list[dict[str, str]]:
             raise RowRejectedError("empty turn")
         messages.append({"role": ROLES[role], "content": content.strip()})
     # A user turn without an answer trains nothing; what comes before it does.
-    if len(messages) > 2 and messages[-1]["role"] == "user":  # noqa: PLR2004
+    if len(messages) > 2 and messages[-1]["role"] == "user":
         messages.pop()
     body = messages[1:] if messages[0]["role"] == "system" else messages
     expected = ["user", "assistant"] * (len(body) // 2)
@@ -226,17 +226,19 @@ def prepare(recipe: TrainingRecipe) -> Path:
             return data_dir
 
     looks_local = Path(recipe.dataset_name).suffix in {".json", ".jsonl"}
+    rows: Any
     bad_lines: list[str] = []
     if looks_local or Path(recipe.dataset_name).exists():
         rows, bad_lines = read_file(Path(recipe.dataset_name))
     else:
-        rows = read_hub(recipe)  # type: ignore[assignment]
+        rows = read_hub(recipe)
     train, held_out, rejected = split_rows(rows, recipe)
-    tool_rows = list(generate_conversations(recipe.tool_rows, recipe.seed))
+    corpus = Corpus.of(row["messages"] for row in train) if recipe.tool_rows else Corpus([], [])
+    tool_rows = list(generate_conversations(recipe.tool_rows, recipe.seed, corpus))
     report = {
         "input_hash": fingerprint,
         "dataset": recipe.dataset_name,
-        "rows_read": len(rows) + len(bad_lines),  # type: ignore[arg-type]
+        "rows_read": len(rows) + len(bad_lines),
         "bad_lines": bad_lines,
         "left_out": dict(rejected.most_common()),
         "train_rows": len(train),

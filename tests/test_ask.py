@@ -61,11 +61,21 @@ def test_plain_lines_strings_and_objects_are_prompts(ask):
     assert done.returncode == 0
     answers = lines(done)
     assert [answer["id"] for answer in answers] == [None, None, 7, "m"]
-    assert [answer["prompt"] for answer in answers] == ["Say hi", "Name a colour", "Say {braces}", "Hi"]
+    assert [answer["prompt"] for answer in answers] == [
+        "Say hi",
+        "Name a colour",
+        "Say {braces}",
+        "Hi",
+    ]
 
 
 def test_bad_lines_give_error_objects_and_the_run_goes_on(ask):
-    requests = ['{"id": 1, "prompt": ', '{"id": 2}', "Say hi", '{"id": 3, "prompt": "a", "adapter": "x"}']
+    requests = [
+        '{"id": 1, "prompt": ',
+        '{"id": 2}',
+        "Say hi",
+        '{"id": 3, "prompt": "a", "adapter": "x"}',
+    ]
     done = ask("--jsonl", "--max-tokens", "4", stdin="\n".join(requests))
     answers = lines(done)
     assert done.returncode == 1

@@ -16,7 +16,15 @@ pytestmark = pytest.mark.model
 
 
 def chat(model, lines: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "integration.chat", "--model", str(model), "--max-tokens", "24"]
+    command = [
+        sys.executable,
+        "-m",
+        "integration.chat",
+        "--model",
+        str(model),
+        "--max-tokens",
+        "24",
+    ]
     return subprocess.run(
         [*command, "--temperature", "0", *arguments],
         input=lines,
@@ -87,7 +95,11 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(embedded_gguf):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("\x1b[2J\x1b]0;x\x07", r"\x1b[2J\x1b]0;x\x07"), ("a\rb\x08", r"a\x0db\x08"), ("\x9b1m", r"\x9b1m")],
+    [
+        ("\x1b[2J\x1b]0;x\x07", r"\x1b[2J\x1b]0;x\x07"),
+        ("a\rb\x08", r"a\x0db\x08"),
+        ("\x9b1m", r"\x9b1m"),
+    ],
 )
 def test_escape_sequences_are_made_visible(text, shown):
     assert visible(text) == shown

@@ -33,7 +33,7 @@ def accepts(model, text: str, request: str = REQUEST) -> bool:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("text_formatter", {"text": 'größe\n\\ 😀', "width": 30}),
+        ("text_formatter", {"text": "größe\n\\ 😀", "width": 30}),
         ("text_formatter", {"text": "Wrap"}),
         ("text_formatter", {"text": "please", "width": 400, "indent": 100}),
         ("text_formatter", {"text": "{x}", "indent": 2}),

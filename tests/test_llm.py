@@ -3,9 +3,9 @@
 import pytest
 
 from integration._cli import CONTEXT, MODEL, CommandError
+from integration.gguf_header import read_header
 from integration.hardware import cpu_quota, usable_threads
 from integration.llm import Settings, _StopScanner, context_size, load_model
-from integration.gguf_header import read_header
 
 pytestmark = pytest.mark.model
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -159,7 +159,10 @@ def test_same_messages_same_ids_as_the_training_tokenizer(model, default_model_d
     tokenizer = AutoTokenizer.from_pretrained(default_model_dir)
     chats = [
         HELLO,
-        [{"role": "system", "content": "Größe 12"}, {"role": "user", "content": "\n\n  x\t漢字 😀\n"}],
+        [
+            {"role": "system", "content": "Größe 12"},
+            {"role": "user", "content": "\n\n  x\t漢字 😀\n"},
+        ],
         [*HELLO, {"role": "assistant", "content": "Hi  2024."}, {"role": "user", "content": "ok"}],
     ]
     for chat in chats:

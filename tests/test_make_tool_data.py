@@ -1,18 +1,27 @@
 """Generated tool rows: reproducible, balanced, and calls that the tools accept."""
 
+import json
 from collections import Counter
 
-from scripts.make_tool_data import generate_conversations
+import pytest
+
+from scripts._cli import CommandError
+from scripts.make_tool_data import Corpus, generate_conversations, sample_conversations
 from scripts.prepare_data import to_messages
 from tools import TOOLS
 from tools.protocol import parse_tool_call, tool_prompt
 
-ROWS = list(generate_conversations(400, 1))
+CORPUS = Corpus.of(sample_conversations())
+ROWS = list(generate_conversations(400, 1, CORPUS))
 
 
 def test_same_seed_same_rows():
-    assert list(generate_conversations(20, 5)) == list(generate_conversations(20, 5))
-    assert list(generate_conversations(20, 5)) != list(generate_conversations(20, 6))
+    assert list(generate_conversations(20, 5, CORPUS)) == list(
+        generate_conversations(20, 5, CORPUS)
+    )
+    assert list(generate_conversations(20, 5, CORPUS)) != list(
+        generate_conversations(20, 6, CORPUS)
+    )
 
 
 def test_kinds_are_balanced():
@@ -46,3 +55,17 @@ def test_results_in_the_rows_are_the_tools_own():
         call = parse_tool_call(row["messages"][2]["content"])
         tool = next(tool for tool in TOOLS if tool.name == call.name)
         assert tool.invoke(call.arguments) in row["messages"][3]["content"]
+
+
+def test_no_text_comes_from_outside_the_corpus():
+    """Held-out rows must not come back as texts of tool requests."""
+    conversations = sample_conversations()
+    held_out = Corpus.of(conversations[:40])
+    made = json.dumps(list(generate_conversations(300, 2, Corpus.of(conversations[40:]))))
+    leaked = [text for text in held_out.sentences if json.dumps(text)[1:-1] in made]
+    assert leaked == []
+
+
+def test_too_small_a_corpus_is_refused():
+    with pytest.raises(CommandError, match="tool_rows: the data has 0 plain sentences"):
+        list(generate_conversations(3, 1, Corpus([], [])))

@@ -17,7 +17,10 @@ def row(number: int) -> dict:
     return {
         "conversations": [
             {"from": "human", "value": f"Question {number}?"},
-            {"from": "gpt", "value": f"Answer {number}."},
+            {
+                "from": "gpt",
+                "value": f"This is the long and careful answer with the number {number}.",
+            },
         ],
         "source": "test",
         "score": 4.0,
@@ -87,7 +90,11 @@ def test_split_does_not_depend_on_the_order(tmp_path):
 def test_nothing_is_dropped_without_being_counted(tmp_path):
     rows = [row(number) for number in range(20)] + [row(3), {"text": "x"}, row(4)]
     train, held_out, rejected = split_rows(rows, recipe_for(tmp_path, max_rows=15))
-    assert rejected == {"exact duplicate": 2, "no list of conversations or messages": 1, "over max_rows": 5}
+    assert rejected == {
+        "exact duplicate": 2,
+        "no list of conversations or messages": 1,
+        "over max_rows": 5,
+    }
     assert len(train) + len(held_out) + sum(rejected.values()) == len(rows)
 
 
@@ -99,7 +106,9 @@ def test_train_and_held_out_share_no_row(tmp_path):
 
 
 def test_missing_file():
-    with pytest.raises(CommandError, match=r"nowhere\.jsonl' does not exist; expected .*dataset_name"):
+    with pytest.raises(
+        CommandError, match=r"nowhere\.jsonl' does not exist; expected .*dataset_name"
+    ):
         read_file(Path("nowhere.jsonl"))
 
 
@@ -125,7 +134,7 @@ def test_more_than_five_percent_bad_lines_stop(tmp_path):
 
 def test_too_few_rows_say_why(tmp_path):
     path = write_rows(tmp_path, [json.dumps({"text": "x"})])
-    with pytest.raises(CommandError, match="0 usable rows .*no list of conversations"):
+    with pytest.raises(CommandError, match=r"0 usable rows .*no list of conversations"):
         prepare(recipe_for(tmp_path, dataset_name=str(path)))
 
 

@@ -15,7 +15,12 @@ from tools.protocol import (
 
 def test_prompt_names_every_tool_argument_and_choice():
     prompt = tool_prompt(TOOLS)
-    for word in ["text_formatter(text, width=80, indent=0)", "bug_report", "has_headings", "fields={}"]:
+    for word in [
+        "text_formatter(text, width=80, indent=0)",
+        "bug_report",
+        "has_headings",
+        "fields={}",
+    ]:
         assert word in prompt
     assert len(prompt) < 900
 

@@ -39,7 +39,9 @@ def test_both_spellings_of_a_flag(tmp_path, flag):
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
-    with pytest.raises(CommandError, match=r"unknown key 'learning_rat', did you mean 'learning_rate'"):
+    with pytest.raises(
+        CommandError, match=r"unknown key 'learning_rat', did you mean 'learning_rate'"
+    ):
         parse("--config", write(tmp_path, "learning_rat: 1"))
 
 
@@ -68,7 +70,9 @@ def test_bad_values(tmp_path, line, message):
 
 
 def test_missing_recipe_lists_what_there_is():
-    with pytest.raises(CommandError, match=r"nowhere\.yaml' does not exist.*smollm2-135m-cpu\.yaml"):
+    with pytest.raises(
+        CommandError, match=r"nowhere\.yaml' does not exist.*smollm2-135m-cpu\.yaml"
+    ):
         parse("--config", "nowhere.yaml")
 
 

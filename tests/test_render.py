@@ -92,7 +92,9 @@ def test_template_that_drops_content_is_refused(tokenizer):
 
 
 def test_template_that_looks_ahead_is_refused(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(RenderError, match="differently from the whole"):
         answer_spans(tokenizer, CHAT)
 
