@@ -81,17 +81,22 @@ def with_tool_list(messages: Sequence[Message], tools: Sequence[BaseTool]) -> li
     return [{"role": "system", "content": system_with_tools(system, tools)}, *body]
 
 
-def wants_call(model: SafeLlamaCpp, prompt_ids: Sequence[int]) -> bool:
-    """Ask the model, greedily, whether its answer begins with a tool call."""
+def choose(model: SafeLlamaCpp, prompt_ids: Sequence[int]) -> int:
+    """Let the model choose, greedily, how its answer begins; give the first token."""
     model.prefill(prompt_ids)
-    first = model.piece(int(np.argmax(model.next_logits())))
-    return bool(first) and CALL_START.encode().startswith(first)
+    return int(np.argmax(model.next_logits()))
+
+
+def begins_call(model: SafeLlamaCpp, token: int) -> bool:
+    """Whether an answer that begins with this token is a tool call."""
+    piece = model.piece(token)
+    return bool(piece) and CALL_START.encode().startswith(piece)
 
 
 def decode_call(
     model: SafeLlamaCpp, prompt_ids: Sequence[int], constraint: CallConstraint, limit: int
 ) -> tuple[str, Answer]:
-    """Decode one call greedily under the constraint, after ``wants_call`` evaluated the prompt.
+    """Decode one call greedily under the constraint, after ``choose`` evaluated the prompt.
 
     Args:
         model: The model, its newest logits belonging to the prompt's last token.
@@ -172,6 +177,7 @@ def respond(
         CommandError: Exit 4; the conversation does not fit into the context.
     """
     reply, turns = Reply(), list(messages)
+    opening: list[int] = []
     if tools:
         turns = with_tool_list(turns, tools)
         request = _user_texts(messages)
@@ -181,7 +187,8 @@ def respond(
                 reply.finish_reason = "timeout"
                 return reply
             record = _one_call(model, turns, request, settings, tools, reply)
-            if record is None:
+            if not isinstance(record, CallRecord):
+                opening = [record]
                 break
             repeated = any(
                 (old.name, old.arguments) == (record.name, record.arguments)
@@ -209,7 +216,7 @@ def respond(
             settings = replace(settings, temperature=0.0, repeat_penalty=1.0)
             if reply.tool_calls[-1].error is not None:
                 reply.error = reply.tool_calls[-1].error
-    for piece in model.stream_ids(model.encode_messages(turns), settings):
+    for piece in model.stream_ids(model.encode_messages(turns), settings, opening):
         reply.text += piece
         if on_text:
             on_text(piece)
@@ -225,18 +232,19 @@ def _one_call(
     settings: Settings,
     tools: Sequence[BaseTool],
     reply: Reply,
-) -> CallRecord | None:
-    """Let the model make one call; None when it prefers a plain answer."""
+) -> CallRecord | int:
+    """Let the model make one call, or give the first token of the plain answer it prefers."""
     prompt_ids = model.encode_messages(turns)
     # A call may have to copy the whole request.
     wanted = max(settings.max_tokens, len(model.tokenize_plain(request)) + _CALL_OVERHEAD_TOKENS)
     limit = model.check_room(len(prompt_ids), wanted)
     started = time.monotonic()
     with model.lock:
-        if not wants_call(model, prompt_ids):
+        first = choose(model, prompt_ids)
+        if not begins_call(model, first):
             # The plain answer that follows finds this prompt evaluated; the wait was here.
             reply.first_token_s = (reply.first_token_s or 0.0) + time.monotonic() - started
-            return None
+            return first
         prefill_s = time.monotonic() - started
         constraint = CallConstraint(model.client, call_grammar(tools, request))
         text, answer = decode_call(model, prompt_ids, constraint, limit)

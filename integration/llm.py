@@ -6,6 +6,7 @@ finish reason and the token counts, lose the last characters of a stream.
 """
 
 import codecs
+import itertools
 import random
 import threading
 import time
@@ -201,8 +202,15 @@ class SafeLlamaCpp(LlamaCpp):
             )
         return min(max_tokens, room)
 
-    def stream_ids(self, prompt_ids: Sequence[int], settings: Settings) -> Iterator[str]:
+    def stream_ids(
+        self, prompt_ids: Sequence[int], settings: Settings, opening: Sequence[int] = ()
+    ) -> Iterator[str]:
         """Decode an answer to a tokenized prompt; the record is in ``last_answer``.
+
+        Args:
+            prompt_ids: The prompt.
+            settings: How to decode.
+            opening: First tokens of the answer, when they are decided already.
 
         Yields:
             Text as it becomes certain: whole characters, no start of a stop string.
@@ -215,16 +223,21 @@ class SafeLlamaCpp(LlamaCpp):
             answer = self._last = Answer(prompt_tokens=len(prompt_ids), finish_reason="length")
             if limit < 1:
                 return
-            yield from self._decode(list(prompt_ids), settings, limit, answer)
+            yield from self._decode(list(prompt_ids), list(opening), settings, limit, answer)
 
     def _decode(
-        self, prompt_ids: list[int], settings: Settings, limit: int, answer: Answer
+        self,
+        prompt_ids: list[int],
+        opening: list[int],
+        settings: Settings,
+        limit: int,
+        answer: Answer,
     ) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         scanner = _StopScanner(settings.stop)
         started, first = time.monotonic(), 0.0
         tokens = self.client.generate(
-            prompt_ids,
+            prompt_ids + opening,
             temp=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
@@ -233,7 +246,7 @@ class SafeLlamaCpp(LlamaCpp):
         )
         stopped = False
         try:
-            for token in tokens:
+            for token in itertools.chain(opening, tokens):
                 now = time.monotonic()
                 if not first:
                     first = now

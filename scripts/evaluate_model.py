@@ -142,9 +142,13 @@ def evaluate(recipe: TrainingRecipe, eval_file: Path | None = None) -> Path:
         log(f"evaluate: {output} is up to date")
         return output
 
+    import torch
+
     from scripts.model_loading import load_model
 
-    model, tokenizer = load_model(recipe)
+    # The GGUF is merged from 16-bit weights, so those are what is measured wherever they fit.
+    in_4bit = recipe.load_in_4bit and torch.cuda.is_available()
+    model, tokenizer = load_model(dataclasses.replace(recipe, load_in_4bit=in_4bit))
     from peft import PeftModel
 
     tuned = PeftModel.from_pretrained(model, str(adapter_dir))

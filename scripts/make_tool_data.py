@@ -29,7 +29,7 @@ KINDS = {
     "content_validator": 0.23,
     "plain": 0.28,
 }
-ANSWERED_SHARE = 0.3
+ANSWERED_SHARE = 0.5
 MAX_PLAIN_CHARACTERS = 1000
 MIN_SENTENCES = 20
 

@@ -3,7 +3,7 @@
 import pytest
 
 from integration import agent
-from integration.agent import CallRecord, respond, run_call, wants_call, with_tool_list
+from integration.agent import CallRecord, begins_call, choose, respond, run_call, with_tool_list
 from integration.llm import Answer, Settings, load_model
 from tools import TOOLS
 from tools.protocol import ToolCall, render_tool_call, tool_prompt
@@ -25,7 +25,7 @@ def script(monkeypatch):
 
     def install(*calls: ToolCall, reason: str = "stop") -> None:
         left = list(calls)
-        monkeypatch.setattr(agent, "wants_call", lambda model, ids: bool(left))
+        monkeypatch.setattr(agent, "begins_call", lambda model, token: bool(left))
 
         def decode(model, ids, constraint, limit):
             text = render_tool_call(left.pop(0))
@@ -101,15 +101,10 @@ def test_chain_has_an_end(model, script):
 
 def test_untrained_model_forced_to_call_still_makes_a_valid_one(model, monkeypatch):
     """Not the choice, but the form: the real decoder under the real grammar."""
-    real = agent.wants_call
     turns = []
-
-    def force(model, ids):
-        real(model, ids)
-        turns.append(1)
-        return len(turns) == 1
-
-    monkeypatch.setattr(agent, "wants_call", force)
+    monkeypatch.setattr(
+        agent, "begins_call", lambda model, token: turns.append(token) or len(turns) == 1
+    )
     reply = ask(model)
     (call,) = reply.tool_calls
     assert call.name in {tool.name for tool in TOOLS}
@@ -118,7 +113,21 @@ def test_untrained_model_forced_to_call_still_makes_a_valid_one(model, monkeypat
 
 def test_plain_model_answers_small_talk_without_a_call(model):
     prompt = with_tool_list([{"role": "user", "content": "Say hello."}], TOOLS)
-    assert not wants_call(model, model.encode_messages(prompt))
+    assert not begins_call(model, choose(model, model.encode_messages(prompt)))
+
+
+def test_call_start_is_recognised(model):
+    first = model.tokenize_plain(render_tool_call(GOOD))[0]
+    assert begins_call(model, first)
+
+
+def test_plain_answer_begins_with_the_token_that_was_chosen(model):
+    """Sampling again could open a call that no grammar guards."""
+    ids = model.encode_messages(REQUEST)
+    first = choose(model, ids)
+    texts = "".join(model.stream_ids(ids, Settings(max_tokens=5, temperature=2.0), [first]))
+    assert texts.startswith(model.piece(first).decode())
+    assert model.last_answer.completion_tokens == 5
 
 
 def test_without_tools_there_is_no_tool_list(model, monkeypatch):
