@@ -31,6 +31,8 @@ KINDS = {
 }
 ANSWERED_SHARE = 0.5
 MAX_PLAIN_CHARACTERS = 1000
+# One opening for all: a small model that has learned it neither calls again nor echoes the tags.
+ANSWER_OPENING = "Here is the result:"
 MIN_SENTENCES = 20
 
 FORMAT_REQUESTS = (
@@ -290,15 +292,6 @@ def _check_request(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, A
     return request, {"text": text, "rules": rules}
 
 
-def _answer_from_result(name: str, arguments: dict[str, Any], result: str) -> str:
-    if name == "content_validator":
-        return result
-    if name == "template_generator":
-        kind = arguments["template_type"].replace("_", " ")
-        return f"Here is the {kind} template:\n\n{result}"
-    return f"Here is the formatted text:\n\n{result}"
-
-
 def _plain_turns(rng: random.Random, corpus: Corpus) -> list[Message]:
     if rng.random() < 0.45 or not corpus.questions:
         question, answer = rng.choice(SMALL_TALK)
@@ -349,7 +342,7 @@ def generate_conversations(num_rows: int, seed: int, corpus: Corpus) -> Iterator
             ]
             if rng.random() < ANSWERED_SHARE:
                 result = by_name[kind].invoke(arguments)
-                answer = _answer_from_result(kind, arguments, result)
+                answer = f"{ANSWER_OPENING}\n\n{result}"
                 turns.append({"role": "user", "content": render_tool_result(result)})
                 turns.append({"role": "assistant", "content": answer})
         yield {"messages": [system, *turns], "source": "tomeforge_tools", "kind": kind}
