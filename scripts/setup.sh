@@ -60,7 +60,7 @@ stamp() {
 # default index has to do (there Linux gets the CUDA build, unless the index carries a CPU build, as some mirrors do).
 install_torch() {
   if "$PY" -c "import torch" 2>/dev/null; then
-    say "keeping torch $("$PY" -c 'import torch; print(torch.__version__)')"
+    say "keeping torch $("$PY" -c 'import torch; print(torch.__version__)' 2>/dev/null)"
     return
   fi
   if [ "$MACHINE" = cpu ] && "$PY" -m pip install -q uv &&
