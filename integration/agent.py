@@ -15,7 +15,8 @@ from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
 
 from integration.constraint import CallConstraint, call_grammar
-from integration.llm import Answer, SafeLlamaCpp, Settings
+from integration.decoding import Answer, Settings
+from integration.llm import SafeLlamaCpp
 from integration.prompt import Message
 from tools.protocol import (
     CALL_START,

@@ -12,11 +12,11 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from integration._cli import CONTEXT, MODEL, CommandError
+from integration.decoding import Answer, Settings, StopScanner
 from integration.gguf_header import GgufHeader, read_header
 from integration.hardware import available_memory_bytes, usable_threads
 from integration.prompt import ChatTemplate, Message
@@ -33,74 +33,6 @@ N_BATCH = 512
 _MAX_DEFAULT_CONTEXT = 8192
 _MEMORY_SHARE = 0.5
 _MIN_ANSWER_TOKENS = 16
-
-
-@dataclass
-class Settings:
-    """How to decode: ``max_tokens`` in tokens, ``timeout_s`` in seconds (0 = none)."""
-
-    max_tokens: int = 512
-    temperature: float = 0.2
-    top_p: float = 0.9
-    top_k: int = 40
-    min_p: float = 0.05
-    repeat_penalty: float = 1.1
-    stop: Sequence[str] = ()
-    timeout_s: float = 0.0
-
-
-@dataclass
-class Answer:
-    """One decoded answer with what stock LlamaCpp throws away.
-
-    Attributes:
-        text: The answer, without end-of-turn token or stop string.
-        finish_reason: ``stop``, ``length`` or ``timeout``.
-        prompt_tokens: Tokens of the prompt.
-        completion_tokens: Tokens that were generated.
-        first_token_s: Seconds until the first token.
-        decode_s: Seconds from the first token to the end.
-    """
-
-    text: str = ""
-    finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    first_token_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed after the first token."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
-
-
-@dataclass
-class _StopScanner:
-    """Hold back text that may be the start of a stop string."""
-
-    stops: Sequence[str]
-    pending: str = field(default="")
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take decoded text; give what may be shown and whether a stop string was met."""
-        self.pending += text
-        hits = [at for at in (self.pending.find(stop) for stop in self.stops if stop) if at >= 0]
-        if hits:
-            shown, self.pending = self.pending[: min(hits)], ""
-            return shown, True
-        held = max(
-            (
-                size
-                for stop in self.stops
-                for size in range(1, len(stop))
-                if self.pending.endswith(stop[:size])
-            ),
-            default=0,
-        )
-        cut = len(self.pending) - held
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown, False
 
 
 def context_size(header: GgufHeader, wanted: int | None) -> int:
@@ -234,7 +166,7 @@ class SafeLlamaCpp(LlamaCpp):
         answer: Answer,
     ) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        scanner = _StopScanner(settings.stop)
+        scanner = StopScanner(settings.stop)
         started, first = time.monotonic(), 0.0
         tokens = self.client.generate(
             prompt_ids + opening,

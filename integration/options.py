@@ -10,7 +10,8 @@ from integration._cli import CommandError
 
 if TYPE_CHECKING:
     from integration.adapters import Adapters
-    from integration.llm import SafeLlamaCpp, Settings
+    from integration.decoding import Settings
+    from integration.llm import SafeLlamaCpp
 
 
 @dataclass
@@ -86,7 +87,8 @@ def open_session(options: argparse.Namespace) -> Session:
         CommandError: With the exit code of the contract.
     """
     from integration.adapters import Adapters, parse_adapter_options
-    from integration.llm import Settings, load_model
+    from integration.decoding import Settings
+    from integration.llm import load_model
     from integration.system_prompts import load_system_prompt
 
     if options.route == "auto":

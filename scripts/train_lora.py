@@ -21,6 +21,7 @@ from typing import Any
 
 from scripts import prepare_data
 from scripts._cli import FAILED, OK, CommandError, log, run_command
+from scripts.metrics import plot_loss, restart_metrics, seen_tokens
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
 from scripts.render import IGNORED, EncodedConversation, encode_conversation
 
@@ -189,56 +190,6 @@ def _make_trainer(
     )
 
 
-def plot_loss(metrics_path: Path, image_path: Path) -> None:
-    """Draw training loss and learning rate over steps from ``metrics.jsonl``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
-    steps = [(row["step"], row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
-    if not steps:
-        return
-    numbers, losses, rates = zip(*steps, strict=True)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    axes.plot(numbers, losses, color="#1f4e79", alpha=0.35, linewidth=1)
-    window = max(1, len(losses) // 20)
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / (i - max(0, i - window) + 1)
-        for i in range(len(losses))
-    ]
-    axes.plot(numbers, smooth, color="#1f4e79", linewidth=2, label="training loss (smoothed)")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per trained token (nats)")
-    axes.grid(alpha=0.25)
-    right = axes.twinx()
-    right.plot(numbers, rates, color="#c55a11", linewidth=1, linestyle="--")
-    right.set_ylabel("learning rate", color="#c55a11")
-    axes.legend(loc="upper right")
-    figure.tight_layout()
-    temporary = image_path.with_name(f".{image_path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    temporary.replace(image_path)
-
-
-def _restart_metrics(metrics_path: Path, step: int) -> None:
-    """Keep the metrics up to ``step``: the steps after it are trained again."""
-    kept = []
-    if step and metrics_path.is_file():
-        for line in metrics_path.read_text(encoding="utf-8").splitlines():
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(metrics_path, "".join(kept))
-
-
-def _seen_tokens(metrics_path: Path) -> int:
-    """Give the real tokens trained on, as TRL counted them."""
-    lines = metrics_path.read_text(encoding="utf-8").splitlines()
-    return int(max((json.loads(line).get("num_tokens", 0) for line in lines), default=0))
-
-
 def _install_adapter(model: Any, tokenizer: Any, run_dir: Path, base_name: str) -> Path:
     adapter_dir, temporary = run_dir / "adapter", run_dir / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -296,7 +247,7 @@ def train(recipe: TrainingRecipe) -> Path:
     if checkpoint:
         log(f"train: going on from step {step} ({checkpoint})")
     metrics_path, control = run_dir / "metrics.jsonl", {"stop": False}
-    _restart_metrics(metrics_path, step)
+    restart_metrics(metrics_path, step)
     callback = _make_callback(recipe, metrics_path, control)
     trainer = _make_trainer(recipe, model, tokenizer, rows, checkpoint_dir, callback)
     started = time.monotonic()
@@ -316,7 +267,7 @@ def train(recipe: TrainingRecipe) -> Path:
     seconds = time.monotonic() - started
     base_name = resolve_model(recipe)
     adapter_dir = _install_adapter(model, tokenizer, run_dir, base_name)
-    tokens = _seen_tokens(metrics_path)
+    tokens = seen_tokens(metrics_path)
     provenance = {
         "versions": versions(),
         "base_model": {

@@ -4,7 +4,8 @@ import pytest
 
 from integration import agent
 from integration.agent import CallRecord, begins_call, choose, respond, run_call, with_tool_list
-from integration.llm import Answer, Settings, load_model
+from integration.decoding import Answer, Settings
+from integration.llm import load_model
 from tools import TOOLS
 from tools.protocol import ToolCall, render_tool_call, tool_prompt
 

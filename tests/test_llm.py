@@ -3,9 +3,10 @@
 import pytest
 
 from integration._cli import CONTEXT, MODEL, CommandError
+from integration.decoding import Settings, StopScanner
 from integration.gguf_header import read_header
 from integration.hardware import cpu_quota, usable_threads
-from integration.llm import Settings, _StopScanner, context_size, load_model
+from integration.llm import context_size, load_model
 
 pytestmark = pytest.mark.model
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -130,7 +131,7 @@ def test_broken_file_is_exit_3(embedded_gguf, tmp_path, kind):
 
 def test_stop_scanner_holds_back_the_start_of_a_stop():
     """Trap 21: the tail of a stream lost."""
-    scanner = _StopScanner(["END"])
+    scanner = StopScanner(["END"])
     assert [scanner.push(piece) for piece in ["a E", "N", "x E"]] == [
         ("a ", False), ("", False), ("ENx ", False),
     ]  # fmt: skip
