@@ -5,6 +5,7 @@ back to the model. A call that fails is shown to the model once; a second failur
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,10 +83,15 @@ def with_tool_list(messages: Sequence[Message], tools: Sequence[BaseTool]) -> li
     return [{"role": "system", "content": system_with_tools(system, tools)}, *body]
 
 
-def choose(model: SafeLlamaCpp, prompt_ids: Sequence[int]) -> int:
+def choose(model: SafeLlamaCpp, prompt_ids: Sequence[int], may_call: bool = True) -> int:
     """Let the model choose, greedily, how its answer begins; give the first token."""
     model.prefill(prompt_ids)
-    return int(np.argmax(model.next_logits()))
+    logits = model.next_logits().copy()
+    token = int(np.argmax(logits))
+    while not may_call and begins_call(model, token):
+        logits[token] = -np.inf
+        token = int(np.argmax(logits))
+    return token
 
 
 def begins_call(model: SafeLlamaCpp, token: int) -> bool:
@@ -95,7 +101,11 @@ def begins_call(model: SafeLlamaCpp, token: int) -> bool:
 
 
 def decode_call(
-    model: SafeLlamaCpp, prompt_ids: Sequence[int], constraint: CallConstraint, limit: int
+    model: SafeLlamaCpp,
+    prompt_ids: Sequence[int],
+    constraint: CallConstraint,
+    limit: int,
+    deadline: float = math.inf,
 ) -> tuple[str, Answer]:
     """Decode one call greedily under the constraint, after ``choose`` evaluated the prompt.
 
@@ -104,9 +114,11 @@ def decode_call(
         prompt_ids: The prompt, for its length.
         constraint: Which tokens are allowed.
         limit: Most tokens; a call that is longer is cut off and must not be run.
+        deadline: ``time.monotonic()`` at which to stop.
 
     Returns:
-        The call's text and its record; ``finish_reason`` is ``length`` for a call that was cut.
+        The call's text and its record; ``finish_reason`` is ``length`` or ``timeout`` for a call that
+        was cut off.
     """
     answer = Answer(prompt_tokens=len(prompt_ids), finish_reason="length")
     started, data = time.monotonic(), b""
@@ -121,6 +133,9 @@ def decode_call(
         constraint.advance(token)
         if constraint.finished:
             answer.finish_reason = "stop"
+            break
+        if time.monotonic() > deadline:
+            answer.finish_reason = "timeout"
             break
         model.client.eval([token])
     answer.decode_s = time.monotonic() - started - answer.first_token_s
@@ -169,7 +184,8 @@ def respond(
     Args:
         model: The loaded model.
         messages: Turns; the last one is the user's.
-        settings: How to decode the answer; calls are decoded greedily.
+        settings: How to decode the answer; calls are decoded greedily. The time limit is that of the
+            whole reply.
         tools: Tools that may be called; none for plain answers.
         on_text: Gets the answer's text as it is decoded.
         on_call: Gets each finished tool call.
@@ -177,85 +193,95 @@ def respond(
     Raises:
         CommandError: Exit 4; the conversation does not fit into the context.
     """
-    reply, turns = Reply(), list(messages)
-    opening: list[int] = []
-    if tools:
-        turns = with_tool_list(turns, tools)
-        request = _user_texts(messages)
-        started = time.monotonic()
-        for _ in range(MAX_CALLS):
-            if settings.timeout_s and time.monotonic() - started > settings.timeout_s:
-                reply.finish_reason = "timeout"
-                return reply
-            record = _one_call(model, turns, request, settings, tools, reply)
-            if not isinstance(record, CallRecord):
-                opening = [record]
-                break
-            repeated = any(
-                (old.name, old.arguments) == (record.name, record.arguments)
-                for old in reply.tool_calls
-            )
-            if repeated:
-                break
-            reply.tool_calls.append(record)
-            if on_call:
-                on_call(record)
-            if reply.finish_reason == "length":
-                reply.error = record.error
-                return reply
-            failures = sum(old.error is not None for old in reply.tool_calls)
-            if failures > 1:
-                reply.error = record.error
-                return reply
-            call = ToolCall(record.name, record.arguments)
-            turns.append({"role": "assistant", "content": render_tool_call(call)})
-            turns.append(
-                {"role": "user", "content": render_tool_result(record.error or record.result or "")}
-            )
+    deadline = time.monotonic() + settings.timeout_s if settings.timeout_s else math.inf
+    with model.lock:
+        rounds = _Rounds(model, messages, settings, tools, deadline)
+        opening = rounds.call_tools(on_call) if tools else []
+        reply = rounds.reply
+        if opening is None:
+            return reply
         # Copying a result must be exact: no sampling, no penalty for repeating it.
         if reply.tool_calls:
             settings = replace(settings, temperature=0.0, repeat_penalty=1.0)
-            if reply.tool_calls[-1].error is not None:
-                reply.error = reply.tool_calls[-1].error
-    for piece in model.stream_ids(model.encode_messages(turns), settings, opening):
-        reply.text += piece
-        if on_text:
-            on_text(piece)
-    if model.last_answer is not None:
-        reply.count(model.last_answer)
+        if settings.timeout_s:
+            settings = replace(settings, timeout_s=max(1e-6, deadline - time.monotonic()))
+        for piece in model.stream_ids(model.encode_messages(rounds.turns), settings, opening):
+            reply.text += piece
+            if on_text:
+                on_text(piece)
+        if model.last_answer is not None:
+            reply.count(model.last_answer)
     return reply
 
 
-def _one_call(
-    model: SafeLlamaCpp,
-    turns: Sequence[Message],
-    request: str,
-    settings: Settings,
-    tools: Sequence[BaseTool],
-    reply: Reply,
-) -> CallRecord | int:
-    """Let the model make one call, or give the first token of the plain answer it prefers."""
-    prompt_ids = model.encode_messages(turns)
-    # A call may have to copy the whole request.
-    wanted = max(settings.max_tokens, len(model.tokenize_plain(request)) + _CALL_OVERHEAD_TOKENS)
-    limit = model.check_room(len(prompt_ids), wanted)
-    started = time.monotonic()
-    with model.lock:
-        first = choose(model, prompt_ids)
-        if not begins_call(model, first):
-            # The plain answer that follows finds this prompt evaluated; the wait was here.
-            reply.first_token_s = (reply.first_token_s or 0.0) + time.monotonic() - started
-            return first
-        prefill_s = time.monotonic() - started
-        constraint = CallConstraint(model.client, call_grammar(tools, request))
-        text, answer = decode_call(model, prompt_ids, constraint, limit)
-    answer.first_token_s += prefill_s
-    reply.count(answer)
-    if answer.finish_reason == "length":
-        return CallRecord(
-            "", {}, error=f"error: the tool call was cut off after {limit} tokens and not run"
-        )
-    call = parse_tool_call(text)
-    if call is None:
-        raise AssertionError(f"the grammar let plain text pass as a call: {text!r}")
-    return run_call(call, tools)
+class _Rounds:
+    """The rounds of one request in which the model calls tools, before it answers."""
+
+    def __init__(
+        self,
+        model: SafeLlamaCpp,
+        messages: Sequence[Message],
+        settings: Settings,
+        tools: Sequence[BaseTool],
+        deadline: float,
+    ) -> None:
+        self.model, self.settings, self.tools, self.deadline = model, settings, tools, deadline
+        self.turns = with_tool_list(messages, tools) if tools else list(messages)
+        self.request = _user_texts(messages)
+        self.reply = Reply()
+
+    def call_tools(self, on_call: Callable[[CallRecord], None] | None) -> list[int] | None:
+        """Make calls until the model prefers to answer.
+
+        Returns:
+            First token of that answer, or None when the reply ends here (the reason is in it).
+        """
+        calls = self.reply.tool_calls
+        for _ in range(MAX_CALLS):
+            started = time.monotonic()
+            prompt_ids = self.model.encode_messages(self.turns)
+            first = choose(self.model, prompt_ids)
+            prefill_s = time.monotonic() - started
+            if not begins_call(self.model, first):
+                # The answer that follows finds this prompt evaluated; the wait was here.
+                self.reply.first_token_s = (self.reply.first_token_s or 0.0) + prefill_s
+                return [first]
+            record = self._make_call(prompt_ids, prefill_s)
+            if any((old.name, old.arguments) == (record.name, record.arguments) for old in calls):
+                break
+            calls.append(record)
+            if on_call:
+                on_call(record)
+            failures = sum(old.error is not None for old in calls)
+            self.reply.error = record.error
+            if failures > 1 or self.reply.finish_reason != "stop":
+                return None
+            self._add_turns(record)
+        return [choose(self.model, self.model.encode_messages(self.turns), may_call=False)]
+
+    def _make_call(self, prompt_ids: Sequence[int], prefill_s: float) -> CallRecord:
+        # A call may have to copy the whole request.
+        request_tokens = len(self.model.tokenize_plain(self.request))
+        wanted = max(self.settings.max_tokens, request_tokens + _CALL_OVERHEAD_TOKENS)
+        limit = self.model.check_room(len(prompt_ids), wanted)
+        constraint = CallConstraint(self.model.client, call_grammar(self.tools, self.request))
+        text, answer = decode_call(self.model, prompt_ids, constraint, limit, self.deadline)
+        answer.first_token_s += prefill_s
+        self.reply.count(answer)
+        if answer.finish_reason != "stop":
+            return CallRecord(
+                "",
+                {},
+                error=f"error: the tool call was cut off after {answer.completion_tokens} tokens "
+                "and not run",
+            )
+        call = parse_tool_call(text)
+        if call is None:
+            raise AssertionError(f"the grammar let plain text pass as a call: {text!r}")
+        return run_call(call, self.tools)
+
+    def _add_turns(self, record: CallRecord) -> None:
+        call = render_tool_call(ToolCall(record.name, record.arguments))
+        result = render_tool_result(record.error or record.result or "")
+        self.turns.append({"role": "assistant", "content": call})
+        self.turns.append({"role": "user", "content": result})

@@ -1,5 +1,6 @@
 """The model that a recipe names, loaded for training; shared by training and evaluation."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def load_model(recipe: TrainingRecipe) -> tuple[Any, Any]:
         CommandError: The model cannot be loaded, or has no template for ``prompt_format: model``.
     """
     name = resolve_model(recipe)
+    # It warns about an optional package whose kernels no CPU uses in training.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from unsloth import FastLanguageModel  # first: it patches trl, transformers and peft
 
     log(f"loading {name} ({'4-bit' if recipe.load_in_4bit else '16-bit'})")

@@ -19,6 +19,7 @@ from scripts._cli import CommandError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 PROMPT_FORMATS = ("model", "alpaca")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -69,7 +70,6 @@ class TrainingRecipe:
     num_train_epochs: float = _option(1.0, "passes over the training rows")
     max_steps: int = _option(-1, "stop after this many optimizer steps; -1 = by epochs")
     logging_steps: int = _option(1, "write metrics every this many optimizer steps")
-    eval_steps: int = _option(0, "evaluate every this many steps; 0 = only before and after")
     save_steps: int = _option(20, "write a checkpoint every this many optimizer steps")
     save_total_limit: int = _option(2, "keep this many checkpoints")
     seed: int = _option(3407, "seeds the split, the adapter and the order of rows")
@@ -107,6 +107,15 @@ def _range_problems(recipe: TrainingRecipe) -> typing.Iterator[str]:
             recipe.prompt_format in PROMPT_FORMATS,
             " or ".join(PROMPT_FORMATS),
         ),
+        (
+            "lr_scheduler_type",
+            recipe.lr_scheduler_type in SCHEDULERS,
+            " or ".join(SCHEDULERS),
+        ),
+        ("lora_dropout", 0 <= recipe.lora_dropout < 1, "at least 0 and less than 1"),
+        ("max_eval_rows", recipe.max_eval_rows >= 1, "at least 1"),
+        ("logging_steps", recipe.logging_steps >= 1, "at least 1"),
+        ("warmup_steps", recipe.warmup_steps >= 0, "0 or more"),
         ("lora_target_modules", bool(recipe.lora_target_modules), "at least one module"),
     ]
     for key, good, expected in checks:

@@ -26,9 +26,14 @@ def script(monkeypatch):
 
     def install(*calls: ToolCall, reason: str = "stop") -> None:
         left = list(calls)
-        monkeypatch.setattr(agent, "begins_call", lambda model, token: bool(left))
 
-        def decode(model, ids, constraint, limit):
+        def decide(model, ids, may_call=True):
+            wanted = may_call and left
+            return model.tokenize_plain("<tool_call>")[0] if wanted else choose(model, ids, False)
+
+        monkeypatch.setattr(agent, "choose", decide)
+
+        def decode(model, ids, constraint, limit, deadline):
             text = render_tool_call(left.pop(0))
             return text, Answer(text, reason, len(ids), 9)
 
@@ -90,6 +95,20 @@ def test_call_that_was_cut_off_is_never_run(model, script):
     assert "cut off" in reply.error
 
 
+def test_call_that_takes_too_long_is_cut_off(model, monkeypatch):
+    call_start = model.tokenize_plain("<tool_call>")[0]
+    monkeypatch.setattr(agent, "choose", lambda model, ids: model.prefill(ids) or call_start)
+    reply = ask(model, timeout_s=1e-6)
+    assert reply.finish_reason == "timeout"
+    assert reply.tool_calls[0].result is None
+
+
+def test_answer_after_the_last_call_is_no_call(model, script):
+    script(*(ToolCall("text_formatter", {"text": "one", "width": 20 + n}) for n in range(20)))
+    call_start = model.tokenize_plain(render_tool_call(GOOD))[0]
+    assert not ask(model).text.startswith(model.piece(call_start).decode())
+
+
 def test_repeated_call_ends_the_loop(model, script):
     script(GOOD, GOOD, GOOD)
     assert len(ask(model).tool_calls) == 1
@@ -103,9 +122,13 @@ def test_chain_has_an_end(model, script):
 def test_untrained_model_forced_to_call_still_makes_a_valid_one(model, monkeypatch):
     """Not the choice, but the form: the real decoder under the real grammar."""
     turns = []
-    monkeypatch.setattr(
-        agent, "begins_call", lambda model, token: turns.append(token) or len(turns) == 1
-    )
+
+    def force(model, ids, may_call=True):
+        turns.append(ids)
+        first = choose(model, ids, may_call=False)
+        return model.tokenize_plain("<tool_call>")[0] if len(turns) == 1 else first
+
+    monkeypatch.setattr(agent, "choose", force)
     reply = ask(model)
     (call,) = reply.tool_calls
     assert call.name in {tool.name for tool in TOOLS}

@@ -1,5 +1,6 @@
 """Recipe: default < YAML < flag, and errors that name key and way out."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     [
         ("lora_r: 0", "lora_r: got 0, expected at least 1"),
         ("prompt_format: zephyr", "expected model or alpaca"),
+        ("lr_scheduler_type: cosin", "expected linear or cosine"),
+        ("lora_dropout: 1", "expected at least 0 and less than 1"),
         ("seed: 1.5", "seed: got 1.5, expected int"),
         ("lora_r: true", "lora_r: got True, expected int"),
         ("- a\n- b", "holds a list"),
@@ -97,3 +100,16 @@ def test_colab_recipes_train_on_finetome_in_alpaca_format():
 def test_write_atomically_leaves_no_temporary_file(tmp_path):
     write_atomically(tmp_path / "a" / "b.txt", "é")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
+
+
+def test_every_key_is_used_somewhere():
+    """A key that nothing reads is a promise that nobody keeps."""
+    sources = "".join(
+        path.read_text() for path in Path("scripts").glob("*.py") if path.name != "recipe.py"
+    )
+    unused = [
+        item.name
+        for item in dataclasses.fields(TrainingRecipe)
+        if f"recipe.{item.name}" not in sources
+    ]
+    assert set(unused) <= {"run_name", "output_root"}  # read through run_dir
