@@ -1,4 +1,4 @@
-"""Order of training rows: little padding, yet every optimizer step mixes kinds of rows."""
+"""Order of training rows: little padding, yet no long stretch of rows of one kind."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,8 +10,8 @@ def batch_order(lengths: Sequence[int], batch_size: int, generator: torch.Genera
     """Order row indices so that neighbours in a micro-batch have similar lengths.
 
     Rows are shuffled, sorted by length inside groups of 16 micro-batches, and the micro-batches are
-    shuffled again: sorting alone puts rows of one kind (short tool calls, long answers) into the
-    same optimizer step, which made training unstable.
+    shuffled again: sorting alone lines up rows of one kind (short tool calls, long answers), which
+    made training unstable.
 
     Args:
         lengths: Tokens of each row.

@@ -151,7 +151,7 @@ def _make_trainer(
     from scripts.model_loading import precision
 
     class LengthMixedTrainer(SFTTrainer):
-        """SFTTrainer with rows of similar length in a micro-batch and mixed steps."""
+        """SFTTrainer with rows of similar length in a micro-batch, micro-batches shuffled."""
 
         def _get_train_sampler(self, train_dataset: Any = None) -> LengthMixedSampler:
             lengths = [len(row.input_ids) for row in rows]

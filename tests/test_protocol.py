@@ -26,7 +26,9 @@ def test_prompt_names_every_tool_argument_and_choice():
 
 
 def test_own_system_prompt_comes_first():
-    assert system_with_tools("Be kind.", TOOLS).startswith("Be kind.\n\nYou can call")
+    assert system_with_tools("Be kind.", TOOLS).startswith(
+        "Be kind.\n\nAnswer in plain text, or call"
+    )
     assert system_with_tools(None, TOOLS) == tool_prompt(TOOLS)
 
 

@@ -55,10 +55,7 @@ def tool_prompt(tools: Sequence[BaseTool]) -> str:
     """Give the part of the system prompt that lists the tools: short, and the same every time."""
     call = render_tool_call(ToolCall("NAME", {}))
     lines = "\n".join(describe_tool(tool) for tool in tools)
-    return (
-        f"You can call a tool. To call one, answer only with {call}. "
-        f"If no tool is needed, answer in plain text.\nTools:\n{lines}"
-    )
+    return f"Answer in plain text, or call a tool: answer only with {call}. Tools:\n{lines}"
 
 
 def system_with_tools(system: str | None, tools: Sequence[BaseTool]) -> str:
