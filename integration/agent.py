@@ -21,6 +21,7 @@ from integration.llm import SafeLlamaCpp
 from integration.prompt import Message
 from tools.protocol import (
     CALL_START,
+    RESPONSE_END,
     RESPONSE_START,
     ToolCall,
     parse_tool_call,
@@ -200,9 +201,10 @@ def respond(
         reply = rounds.reply
         if opening is None:
             return reply
-        # Copying a result must be exact: no sampling, no penalty for repeating it.
+        # Copying a result must be exact: no sampling, no penalty, and not the tag behind it.
         if reply.tool_calls:
-            settings = replace(settings, temperature=0.0, repeat_penalty=1.0)
+            stop = [*settings.stop, f"\n{RESPONSE_END}", RESPONSE_END]
+            settings = replace(settings, temperature=0.0, repeat_penalty=1.0, stop=stop)
         if settings.timeout_s:
             settings = replace(settings, timeout_s=max(1e-6, deadline - time.monotonic()))
         for piece in model.stream_ids(model.encode_messages(rounds.turns), settings, opening):
