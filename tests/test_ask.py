@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -165,7 +164,6 @@ def test_ctrl_c_is_exit_130(embedded_gguf):
         text=True,
     )
     assert process.stdout.read(1)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
