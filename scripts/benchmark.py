@@ -1,6 +1,6 @@
 """Ours against the usual way, alternating in one run; medians and ratios.
 
-    python -m scripts.benchmark chat --model outputs/smollm2-135m-cpu/gguf/smollm2-135m-cpu-Q8_0.gguf
+    python -m scripts.benchmark chat        # on the demo's Q8_0; --model FILE for another
 
 ``chat`` measures the seconds from a long prompt to the first token: `integration.ask` against stock
 LangChain ``LlamaCpp`` with its defaults (only the context raised, or it would refuse the prompt).
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
-from scripts.default_model import find_embedded_gguf
 
+DEMO_MODEL = Path("outputs/smollm2-135m-cpu/gguf/smollm2-135m-cpu-Q8_0.gguf")
 PREFILL_TARGET = 1.6
 PROMPT = (
     "A model reads its prompt before it writes the first word, and a long prompt takes long. " * 45
@@ -87,16 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; exit 1 when a target is missed."""
     parser = argparse.ArgumentParser(description="Ours against the usual way, in one run.")
     parser.add_argument("benchmark", choices=["chat"], help="what to measure")
-    parser.add_argument("--model", type=Path, help="a GGUF; default: the embedded one")
+    parser.add_argument(
+        "--model", type=Path, default=DEMO_MODEL, help="a GGUF; default: the demo's"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    model = options.model or find_embedded_gguf()
-    if not model.is_file():
-        raise CommandError(f"model '{model}' does not exist; expected a .gguf file", MODEL)
+    if not options.model.is_file():
+        raise CommandError(
+            f"model '{options.model}' does not exist; expected a .gguf file; make demo builds one",
+            MODEL,
+        )
     if options.rounds < 1:
         raise CommandError(f"--rounds: got {options.rounds}, expected at least 1")
-    result = benchmark_chat(model, options.rounds)
+    result = benchmark_chat(options.model, options.rounds)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
