@@ -249,9 +249,15 @@ class SafeLlamaCpp(LlamaCpp):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
+        if self.grammar or kwargs.get("grammar"):
+            raise ValueError("grammar: not decoded here; integration.agent constrains tool calls")
+        defaults = Settings()
         settings = Settings(
-            max_tokens=kwargs.get("max_tokens", self.max_tokens) or 512,
+            max_tokens=kwargs.get("max_tokens", self.max_tokens) or defaults.max_tokens,
             temperature=kwargs.get("temperature", self.temperature) or 0.0,
+            top_p=kwargs.get("top_p", self.top_p) or defaults.top_p,
+            top_k=kwargs.get("top_k", self.top_k) or 0,
+            repeat_penalty=kwargs.get("repeat_penalty", self.repeat_penalty) or 1.0,
             stop=[*(self.stop or []), *(stop or [])],
         )
         # Raw text, as LangChain's string interface means it: BOS where the model wants one.

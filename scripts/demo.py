@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts._cli import FAILED, OK, TOOL, CommandError, log, run_command
+from scripts._cli import FAILED, OK, CommandError, log, run_command
 
 RECIPE = "scripts/recipes/smollm2-135m-cpu.yaml"
-TOOL_REQUEST = (
+TOOL_REQUESTS = (
     "Please wrap this to 44 columns: A pipeline that checks every stage before the next one starts "
-    "saves more time than a fast one that fails at the end."
+    "saves more time than a fast one that fails at the end.",
+    "Please give me a bug report template.",
+    "Check that this is a valid email address: ana.lopez@example.org",
 )
+SHOWN_LINES = 4
 
 
 def _run(
@@ -30,7 +33,7 @@ def _run(
     Raises:
         CommandError: It ended with another exit code.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in accepted:
         raise CommandError(
             f"the demo stopped: `{' '.join(command[-6:])}` ended with exit code {done.returncode}; "
@@ -40,15 +43,36 @@ def _run(
     return done
 
 
-def ask_with_tools(model: Path) -> dict[str, Any]:
-    """Ask the exported model something that a tool does best."""
-    command = [sys.executable, "-m", "integration.ask", "--model", str(model), "--tools", "--json"]
-    done = _run([*command, "--seed", "1", "--max-tokens", "200", TOOL_REQUEST], accepted=(OK, TOOL))
-    return json.loads(done.stdout)
+def ask_with_tools(model: Path) -> list[dict[str, Any]]:
+    """Ask the exported model three things that a tool does best; give its answer objects."""
+    command = [sys.executable, "-m", "integration.ask", "--model", str(model), "--tools", "--jsonl"]
+    lines = "".join(json.dumps(request) + "\n" for request in TOOL_REQUESTS)
+    done = _run([*command, "--seed", "1", "--max-tokens", "200"], (OK, FAILED), stdin=lines)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _block(text: str, prefix: str) -> str:
-    return textwrap.indent(text.strip(), prefix)
+def _block(label: str, text: str) -> str:
+    """Set a text behind a label, cut to a few lines."""
+    lines = text.strip().splitlines() or [""]
+    if len(lines) > SHOWN_LINES:
+        lines = [*lines[:SHOWN_LINES], f"… ({len(lines) - SHOWN_LINES} more lines)"]
+    indent = " " * 9
+    return f"{label:>8} " + f"\n{indent}".join(lines)
+
+
+def _tool_text(reply: dict[str, Any]) -> str:
+    """Show one request, what the model called, and what it answered."""
+    parts = [_block("request", reply["prompt"])]
+    for call in reply["tool_calls"]:
+        arguments = json.dumps(call["args"], ensure_ascii=False)
+        parts.append(_block("called", f"{call['name']}({arguments})"))
+        parts.append(
+            _block("error" if call["error"] else "result", call["error"] or call["result"])
+        )
+    if not reply["tool_calls"]:
+        parts.append(_block("called", "no tool"))
+    parts.append(_block("answer", reply["text"]))
+    return "\n".join(parts)
 
 
 def _side_by_side(left: str, right: str, width: int = 47) -> str:
@@ -66,7 +90,7 @@ def _side_by_side(left: str, right: str, width: int = 47) -> str:
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in zip(*padded, strict=True))
 
 
-def summary(run_dir: Path, reply: dict[str, Any], seconds: float) -> str:
+def summary(run_dir: Path, replies: Sequence[dict[str, Any]], seconds: float) -> str:
     """Write the closing text of the demo from the run's own files."""
     evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     answer = evaluation["answers"][0]
@@ -74,14 +98,7 @@ def summary(run_dir: Path, reply: dict[str, Any], seconds: float) -> str:
     files = sorted((run_dir / "gguf").glob("*.gguf"))
     sizes = "\n".join(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in files)
     small = next(path for path in files if path.stem.endswith("-Q8_0"))
-    calls = reply["tool_calls"]
-    if calls:
-        call = json.dumps(calls[0]["args"], ensure_ascii=False)
-        tool_text = f"  called  {calls[0]['name']}({call})\n" + _block(
-            str(calls[0]["error"] or calls[0]["result"]), "  result  "
-        )
-    else:
-        tool_text = "  it answered without a tool"
+    tools = "\n\n".join(map(_tool_text, replies))
     return f"""
 Held-out loss on {tuned["rows"]} conversations that it did not train on (nats per answer token)
   before {base["loss"]:.4f} (perplexity {base["perplexity"]:.2f})
@@ -91,9 +108,9 @@ One question: {answer["question"]}
 
 {_side_by_side(answer["base"], answer["tuned"])}
 
-One request for which it may call a tool: {TOOL_REQUEST}
-{tool_text}
-{_block(reply["text"], "  answer  ")}
+Requests for which it may call a tool; the model decides
+
+{tools}
 
 Files
 {sizes}
@@ -116,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _run(["scripts/pipeline.sh", options.recipe])
     run_dir = Path("outputs") / Path(options.recipe).stem
     model = next((run_dir / "gguf").glob("*-Q8_0.gguf"))
-    reply = ask_with_tools(model)
-    print(summary(run_dir, reply, time.monotonic() - started))
-    if not any(call["error"] is None for call in reply["tool_calls"]):
+    replies = ask_with_tools(model)
+    print(summary(run_dir, replies, time.monotonic() - started))
+    if not any(call["error"] is None for reply in replies for call in reply["tool_calls"]):
         log(
             "error: the tuned model called no tool in this run; train longer (max_rows: 0, tool_rows: 400)"
         )

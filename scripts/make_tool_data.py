@@ -24,15 +24,16 @@ Message = dict[str, str]
 
 # Shares of the kinds; plain answers are as common as any tool, or a small model calls for everything.
 KINDS = {
-    "text_formatter": 0.27,
-    "template_generator": 0.22,
-    "content_validator": 0.23,
-    "plain": 0.28,
+    "text_formatter": 0.3,
+    "template_generator": 0.21,
+    "content_validator": 0.24,
+    "plain": 0.25,
 }
 ANSWERED_SHARE = 0.5
-MAX_PLAIN_CHARACTERS = 1000
+MAX_PLAIN_CHARACTERS = 800
 # One opening for all: a small model that has learned it neither calls again nor echoes the tags.
 ANSWER_OPENING = "Here is the result:"
+MAX_RESULT_CHARACTERS = 400
 MIN_SENTENCES = 20
 
 FORMAT_REQUESTS = (
@@ -253,7 +254,7 @@ def _format_request(rng: random.Random, corpus: Corpus) -> tuple[str, dict[str, 
             (PLAIN_FORMAT_REQUESTS, {"text": text}),
             (ONLY_INDENT_REQUESTS, {"text": text, "indent": indent}),
         ),
-        weights=(5, 3, 1, 1),
+        weights=(8, 4, 1, 1),
     )[0]
     return rng.choice(templates).format(text=text, width=width, indent=indent), arguments
 
@@ -340,8 +341,8 @@ def generate_conversations(num_rows: int, seed: int, corpus: Corpus) -> Iterator
                 {"role": "user", "content": request},
                 {"role": "assistant", "content": call},
             ]
-            if rng.random() < ANSWERED_SHARE:
-                result = by_name[kind].invoke(arguments)
+            result = by_name[kind].invoke(arguments)
+            if len(result) < MAX_RESULT_CHARACTERS and rng.random() < ANSWERED_SHARE:
                 answer = f"{ANSWER_OPENING}\n\n{result}"
                 turns.append({"role": "user", "content": render_tool_result(result)})
                 turns.append({"role": "assistant", "content": answer})

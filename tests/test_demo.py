@@ -25,13 +25,14 @@ def run_dir(tmp_path):
 
 
 def test_summary_shows_figures_answers_call_sizes_and_commands(run_dir):
-    text = demo.summary(run_dir, {"tool_calls": [CALL], "text": "Here"}, 12.3)
+    reply = {"prompt": "Wrap it", "tool_calls": [CALL], "text": "Here"}
+    text = demo.summary(run_dir, [reply], 12.3)
     for part in [
         "2.5000",
         "2.2500",
         "on 7 conversations",
         "Why?",
-        "called  text_formatter",
+        "called text_formatter",
         "2.0 MB",
     ]:
         assert part in text
@@ -41,9 +42,17 @@ def test_summary_shows_figures_answers_call_sizes_and_commands(run_dir):
 
 
 def test_summary_is_honest_when_no_tool_was_called(run_dir):
-    text = demo.summary(run_dir, {"tool_calls": [], "text": "No."}, 1.0)
-    assert "answered without a tool" in text
-    assert "called  " not in text
+    text = demo.summary(run_dir, [{"prompt": "Hi", "tool_calls": [], "text": "No."}], 1.0)
+    assert "called no tool" in text
+    assert "result" not in text
+
+
+def test_long_results_are_cut_and_errors_are_called_errors(run_dir):
+    bad = {"name": "a", "args": {}, "result": None, "error": "error: width"}
+    long = {**CALL, "result": "line\n" * 9}
+    text = demo._tool_text({"prompt": "x", "tool_calls": [bad, long], "text": "y"})
+    assert "error error: width" in text
+    assert "(5 more lines)" in text
 
 
 def test_failed_stage_ends_the_demo_with_its_exit_code():

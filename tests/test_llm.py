@@ -106,6 +106,15 @@ def test_langchain_interface_streams_the_same(model):
     assert result.generations[0][0].text == "".join(chunks)
 
 
+def test_langchain_parameters_are_not_ignored(model):
+    prompt, greedy = "Once upon a time", {"max_tokens": 24, "temperature": 0}
+    free = model.invoke(prompt, repeat_penalty=1.0, **greedy)
+    assert model.invoke(prompt, repeat_penalty=1.9, **greedy) != free
+    assert model.invoke(prompt, max_tokens=24, temperature=1.5, top_k=1, repeat_penalty=1.0) == free
+    with pytest.raises(ValueError, match="grammar"):
+        model.invoke(prompt, grammar="root ::= [a-z]")
+
+
 def test_prefix_is_reused_and_changes_nothing(model):
     settings = Settings(max_tokens=12, temperature=0)
     cold = answer(model, settings)
