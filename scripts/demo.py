@@ -26,7 +26,7 @@ SHOWN_LINES = 4
 
 
 def _run(
-    command: Sequence[str], accepted: Sequence[int] = (OK,)
+    command: Sequence[str], accepted: Sequence[int] = (OK,), stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage; its progress goes to our stderr.
 
