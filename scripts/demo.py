@@ -55,9 +55,8 @@ def _block(label: str, text: str) -> str:
     """Set a text behind a label, cut to a few lines."""
     lines = text.strip().splitlines() or [""]
     if len(lines) > SHOWN_LINES:
-        lines = [*lines[:SHOWN_LINES], f"… ({len(lines) - SHOWN_LINES} more lines)"]
-    indent = " " * 9
-    return f"{label:>8} " + f"\n{indent}".join(lines)
+        lines = [*lines[:SHOWN_LINES], f"… (lines left out: {len(lines) - SHOWN_LINES})"]
+    return textwrap.indent("\n".join(lines), " " * 9).replace(" " * 9, f"{label:>8} ", 1)
 
 
 def _tool_text(reply: dict[str, Any]) -> str:

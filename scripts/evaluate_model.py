@@ -25,7 +25,7 @@ from scripts.render import IGNORED, EncodedConversation, render
 from scripts.train_lora import encode_rows, load_rows
 
 QUESTIONS = ("Explain recursion with an example.",)
-MAX_ANSWER_TOKENS = 160
+MAX_ANSWER_TOKENS = 120
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_long_results_are_cut_and_errors_are_called_errors(run_dir):
     long = {**CALL, "result": "line\n" * 9}
     text = demo._tool_text({"prompt": "x", "tool_calls": [bad, long], "text": "y"})
     assert "error error: width" in text
-    assert "(5 more lines)" in text
+    assert "(lines left out: 5)" in text
 
 
 def test_failed_stage_ends_the_demo_with_its_exit_code():
