@@ -118,7 +118,6 @@ def answer_object(request: Request | None, session: Session, reply: "Reply") -> 
             "first_token_s": round(reply.first_token_s or 0.0, 4),
             "tokens_per_second": round(reply.tokens_per_second, 1),
         },
-        "seed": session.seed,
         "error": reply.error,
     }
 
@@ -222,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = _from_prompt(prompt.strip(), session.system)
     reply = _respond(session, request, options.route, stream=not options.json)
     if options.json:
+        log(f"seed {session.seed}")
         print(json.dumps(answer_object(request, session, reply), ensure_ascii=False, indent=2))
     else:
         print()

@@ -1,6 +1,7 @@
 """The `ask` contract, through the real command on the embedded default model."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from integration.ask import parse_request
 
 pytestmark = pytest.mark.model
 FIELDS = [
-    "id", "prompt", "text", "tool_calls", "route", "finish_reason", "usage", "timings", "seed", "error",
+    "id", "prompt", "text", "tool_calls", "route", "finish_reason", "usage", "timings", "error",
 ]  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def test_json_prints_the_object_of_the_contract(ask):
     assert answer["usage"]["completion_tokens"] <= 8
     assert answer["text"]
     assert answer["error"] is None
+    assert re.fullmatch(r"seed \d+\nnote: .*\n|seed \d+\n", done.stderr)
 
 
 def test_text_goes_to_stdout_and_nothing_else(ask):
