@@ -4,8 +4,8 @@ The model decides whether to call and which tool; the grammar keeps a call well-
 the user's text exact: an argument marked ``verbatim`` in its schema must be a span of the request.
 """
 
-import functools
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,11 +85,16 @@ def call_grammar(tools: Sequence[BaseTool], request: str) -> str:
     return "\n".join(rules)
 
 
-@functools.lru_cache(maxsize=8)
-def _tokenizer_for(model_key: int, vocab: Any) -> Any:
-    from llguidance.llamacpp import lltokenizer_from_vocab
+# A tokenizer points into its model's vocabulary, so it must not outlive the model.
+_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
-    return lltokenizer_from_vocab(vocab)
+
+def _tokenizer_for(client: Any) -> Any:
+    if client not in _tokenizers:
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        _tokenizers[client] = lltokenizer_from_vocab(client._model.vocab)
+    return _tokenizers[client]
 
 
 class CallConstraint:
@@ -107,8 +112,7 @@ class CallConstraint:
         import llguidance
         from llguidance.numpy import allocate_token_bitmask
 
-        vocab = client._model.vocab
-        self._tokenizer = _tokenizer_for(id(client._model), vocab)
+        self._tokenizer = _tokenizer_for(client)
         self._matcher = llguidance.LLMatcher(self._tokenizer, grammar)
         if self._matcher.is_error():
             raise ValueError(f"grammar: {self._matcher.get_error()}")

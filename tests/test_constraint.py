@@ -1,11 +1,13 @@
 """The call grammar: what it lets through is a valid call, copies are exact."""
 
+import gc
 import json
 import random
 
 import numpy as np
 import pytest
 
+from integration import constraint as constraint_module
 from integration.constraint import CallConstraint, call_grammar
 from integration.llm import load_model
 from tools import TOOLS
@@ -91,3 +93,14 @@ def test_long_hostile_requests_compile(model):
     call = ToolCall("text_formatter", {"text": request[100:200]})
     assert json.loads(render_tool_call(call)[11:-12])["arguments"]["text"] == request[100:200]
     assert accepts(model, render_tool_call(call), request)
+
+
+def test_tokenizer_goes_with_its_model(embedded_gguf):
+    """Another model may get the same address; its vocabulary must not be the old one's."""
+    own = load_model(embedded_gguf, n_ctx=256, n_threads=1)
+    before = len(constraint_module._tokenizers)
+    CallConstraint(own.client, call_grammar(TOOLS, REQUEST))
+    assert len(constraint_module._tokenizers) == before + 1
+    del own
+    gc.collect()
+    assert len(constraint_module._tokenizers) == before
