@@ -35,7 +35,6 @@ class LoraConfig:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    target_modules: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         """Give the rank that the configuration names for a module."""
@@ -115,7 +114,6 @@ def parse_config(config: Mapping[str, Any]) -> LoraConfig:
             "expected numbers",
             MODEL,
         )
-    targets = config.get("target_modules") or ()
     return LoraConfig(
         base_name=str(config.get("base_model_name_or_path") or ""),
         base_revision=config.get("revision"),
@@ -124,7 +122,6 @@ def parse_config(config: Mapping[str, Any]) -> LoraConfig:
         use_rslora=bool(config.get("use_rslora")),
         rank_pattern=patterns[0],
         alpha_pattern=patterns[1],
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
     )
 
 

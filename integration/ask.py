@@ -96,18 +96,21 @@ def _from_messages(raw: list[Any], system: str | None) -> Request:
     return Request(messages, messages[-1]["content"])
 
 
-def answer_object(request: Request | None, session: Session, reply: "Reply") -> dict[str, Any]:
+def answer_object(request: Request, session: Session, reply: "Reply") -> dict[str, Any]:
     """Build the contract's object."""
+    from integration.adapters import BASE
+
     active = session.adapters.active
+    routed = active != BASE
     return {
-        "id": request.id if request else None,
-        "prompt": request.prompt if request else None,
+        "id": request.id,
+        "prompt": request.prompt,
         "text": reply.text,
         "tool_calls": [call.to_json() for call in reply.tool_calls],
         "route": {
-            "adapter": None if active == "base" else active,
+            "adapter": active if routed else None,
             "scores": {},
-            "reason": "asked for" if active != "base" else "no adapter asked for",
+            "reason": "asked for" if routed else "no adapter asked for",
         },
         "finish_reason": reply.finish_reason,
         "usage": {
@@ -142,7 +145,7 @@ def _respond(session: Session, request: Request, route: str, stream: bool = Fals
     )
 
 
-def _run_batch(session: Session, system: str | None, route: str) -> int:
+def _run_batch(session: Session, route: str) -> int:
     from integration.agent import Reply
 
     failed = 0
@@ -151,7 +154,7 @@ def _run_batch(session: Session, system: str | None, route: str) -> int:
             continue
         request = None
         try:
-            request = parse_request(line, system)
+            request = parse_request(line, session.system)
             reply = _respond(session, request, route)
         except CommandError as error:
             reply = Reply(finish_reason="error", error=f"line {number}: {error}")
@@ -211,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CommandError("--jsonl reads its prompts from stdin; leave the argument out")
         session = open_session(options)
         log(f"seed {session.seed}")
-        return _run_batch(session, session.system, options.route)
+        return _run_batch(session, options.route)
     if options.prompt is None and sys.stdin.isatty():
         raise CommandError("no prompt; give one as the argument or on stdin")
     prompt = sys.stdin.read() if options.prompt is None else options.prompt

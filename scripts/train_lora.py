@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import signal
 import sys
@@ -258,7 +259,7 @@ def train(recipe: TrainingRecipe) -> Path:
             f"train: stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
         raise KeyboardInterrupt
-    if result.training_loss != result.training_loss:  # NaN
+    if math.isnan(result.training_loss):
         raise CommandError(
             "the training loss became NaN; lower learning_rate, or train with fp32 (load_in_4bit: "
             f"false); the last checkpoint is in {checkpoint_dir}",
@@ -282,7 +283,7 @@ def train(recipe: TrainingRecipe) -> Path:
             "loss": round(float(result.training_loss), 4),
             "seconds": round(seconds, 1),
             "rows": len(rows),
-            "tokens": int(tokens),
+            "tokens": tokens,
             "seed": recipe.seed,
         },
     }
