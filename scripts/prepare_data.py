@@ -1,268 +1,393 @@
-"""Data set to `data/train.jsonl`, `data/eval.jsonl` and `data/report.json` of a run.
+"""Data set to `data/{train,eval,eval_tools,rejected}.jsonl` and `data/report.json` of a run.
 
-Reads FineTome's schema (``conversations`` of ``from``/``value``) and ``messages`` of
-``role``/``content``, from the hub or from a file. Nothing is dropped without being counted by reason.
+Two passes over any number of rows, in bounded memory: the first checks each row and spools it to disk
+with its keys; the second goes through them in the order of their keys, removes copies and splits.
+Nothing is dropped without being counted by reason, and the result depends on the seed and the texts,
+never on the order of the rows.
 
     python -m scripts.prepare_data --config scripts/recipes/smollm2-135m-cpu.yaml
 """
 
 import hashlib
+import itertools
 import json
+import math
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from scripts._cli import OK, CommandError, log, run_command
-from scripts.make_tool_data import Corpus, generate_conversations
+from scripts.conversations import Conversation, RowRejectedError, to_conversation
+from scripts.deduplicate import (
+    NearDuplicateIndex,
+    RowStore,
+    StoredRow,
+    first_request,
+    make_signature,
+)
+from scripts.make_tool_data import MIN_SENTENCES, Corpus, generate_conversations
+from scripts.read_rows import RawRow, check_unreadable, list_files, open_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
 
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-MAX_BAD_SHARE = 0.05
-DATA_FORMAT = 1
+DATA_FORMAT = 2
+SHOWN_BAD_LINES, KEPT_BAD_LINES = 10, 20
+# Reasons quote the data (a role's name), so a strange file could make millions of them.
+MAX_REASONS, OTHER_REASONS = 100, "other reasons"
+CLOSE_PROMPT = "prompt too close to a held-out row"
+MAX_CORPUS_ROWS = 5000
+MAX_EVAL_TOOL_ROWS, MIN_EVAL_TOOL_ROWS = 40, 4
+_TRAIN, _EVAL, _EVAL_TOOLS, _REJECTED = (
+    f"{name}.jsonl" for name in ("train", "eval", "eval_tools", "rejected")
+)
+_HASHED_KEYS = (
+    "dataset_name",
+    "dataset_split",
+    "max_rows",
+    "min_score",
+    "sources",
+    "near_duplicate_threshold",
+    "tool_rows",
+    "eval_fraction",
+    "max_eval_rows",
+    "seed",
+)
 
 
-class RowRejectedError(ValueError):
-    """A row cannot be used; the message is the reason that the report counts."""
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield line number and parsed line; a line that is no JSON yields a ``JSONDecodeError``."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, error
-
-
-def read_file(path: Path) -> tuple[list[Any], list[str]]:
-    """Read a .jsonl or .json file.
-
-    Returns:
-        Rows, and one text per unreadable line that names its number.
-
-    Raises:
-        CommandError: The file is missing, empty, of another type, or more than 5 % of its lines are
-            no JSON.
-    """
-    if not path.is_file():
-        raise CommandError(
-            f"data set '{path}' does not exist; expected a .jsonl or .json file or a hub name; "
-            "set dataset_name in the recipe"
-        )
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CommandError(f"data set '{path}' is no valid JSON: {error}") from error
-        if not isinstance(rows, list):
-            raise CommandError(f"data set '{path}' holds a {type(rows).__name__}, expected a list")
-        bad: list[str] = []
-    else:
-        lines = list(read_jsonl(path))
-        rows = [row for _, row in lines if not isinstance(row, json.JSONDecodeError)]
-        bad = [
-            f"line {number}: {error.msg} (column {error.colno})"
-            for number, error in lines
-            if isinstance(error, json.JSONDecodeError)
-        ]
-    for text in bad[:10]:
-        log(f"{path}: {text}; the line is left out")
-    if len(bad) > MAX_BAD_SHARE * (len(rows) + len(bad)):
-        raise CommandError(
-            f"data set '{path}': {len(bad)} of {len(rows) + len(bad)} lines are no JSON, first "
-            f"{bad[0]}; expected one JSON object a line and at most 5 % bad ones; repair the file"
-        )
-    if not rows:
-        raise CommandError(f"data set '{path}' is empty; expected one conversation a line")
-    return rows, bad
-
-
-def read_hub(recipe: TrainingRecipe) -> Iterable[Any]:
-    """Load a data set from the hub (memory-mapped by ``datasets``)."""
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(recipe.dataset_name, split=recipe.dataset_split)
-    except Exception as error:  # the hub client raises many unrelated types
-        raise CommandError(
-            f"data set '{recipe.dataset_name}' could not be loaded from the hub "
-            f"({type(error).__name__}: {error}); check the name and the connection, or set "
-            "dataset_name to a local .jsonl file"
-        ) from error
-
-
-def _turn(raw: Any) -> tuple[Any, Any]:
-    if not isinstance(raw, dict):
-        raise RowRejectedError("a turn is no object")
-    if "from" in raw and "value" in raw:
-        return raw["from"], raw["value"]
-    if "role" in raw and "content" in raw:
-        return raw["role"], raw["content"]
-    raise RowRejectedError("a turn has neither from/value nor role/content")
-
-
-def to_messages(row: Any) -> list[dict[str, str]]:
-    """Turn a FineTome or ``messages`` row into checked messages.
-
-    Returns:
-        Optional system turn, then user and assistant in turn, the assistant last.
-
-    Raises:
-        RowRejectedError: With the reason.
-    """
-    turns = row.get("conversations", row.get("messages")) if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise RowRejectedError("no list of conversations or messages")
-    messages = []
-    for raw in turns:
-        role, content = _turn(raw)
-        if role not in ROLES:
-            raise RowRejectedError(f"unknown role {role!r}")
-        if not isinstance(content, str):
-            raise RowRejectedError("a turn's text is no string")
-        if not content.strip():
-            raise RowRejectedError("empty turn")
-        messages.append({"role": ROLES[role], "content": content.strip()})
-    # A user turn without an answer trains nothing; what comes before it does.
-    if len(messages) > 2 and messages[-1]["role"] == "user":
-        messages.pop()
-    body = messages[1:] if messages[0]["role"] == "system" else messages
-    expected = ["user", "assistant"] * (len(body) // 2)
-    if not body or [message["role"] for message in body] != expected:
-        raise RowRejectedError("turns do not alternate between user and assistant")
-    return messages
-
-
-def _order_key(messages: Sequence[dict[str, str]], seed: int) -> str:
-    text = json.dumps(messages, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()
-
-
-def split_rows(
-    rows: Iterable[Any], recipe: TrainingRecipe
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
-    """Check, deduplicate, sample and split; the result does not depend on the order of the rows.
-
-    Returns:
-        Training rows, held-out rows, and the number of rows left out by reason.
-    """
-    rejected: Counter[str] = Counter()
-    by_key: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        try:
-            messages = to_messages(row)
-        except RowRejectedError as error:
-            rejected[str(error)] += 1
-            continue
-        key = _order_key(messages, recipe.seed)
-        if key in by_key:
-            rejected["exact duplicate"] += 1
-            continue
-        by_key[key] = {"messages": messages, "source": row.get("source")}
-    keys = sorted(by_key)
-    if recipe.max_rows and len(keys) > recipe.max_rows:
-        rejected["over max_rows"] = len(keys) - recipe.max_rows
-        keys = keys[: recipe.max_rows]
-    num_eval = min(recipe.max_eval_rows, max(1, round(len(keys) * recipe.eval_fraction)))
-    if len(keys) - num_eval < 1:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common(3))
-        raise CommandError(
-            f"data set '{recipe.dataset_name}' has {len(keys)} usable rows ({reasons or 'none left out'}); "
-            "expected at least 2; see README, Data, for the formats"
-        )
-    held_out = [by_key[key] for key in keys[:num_eval]]
-    return [by_key[key] for key in keys[num_eval:]], held_out, rejected
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """Read rows that this stage wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def input_hash(recipe: TrainingRecipe) -> str:
-    """Hash what this stage depends on: the file's bytes (or the hub name) and the recipe's keys."""
-    path = Path(recipe.dataset_name)
-    digest = hashlib.sha256()
-    if path.is_file():
-        digest.update(path.read_bytes())
-    for module in ("scripts/make_tool_data.py", "tools/protocol.py") if recipe.tool_rows else ():
-        digest.update((Path(__file__).parent.parent / module).read_bytes())
-    keys = [
-        "dataset_name",
-        "dataset_split",
-        "max_rows",
-        "tool_rows",
-        "eval_fraction",
-        "max_eval_rows",
-        "seed",
-    ]
-    digest.update(json.dumps([DATA_FORMAT, *(getattr(recipe, key) for key in keys)]).encode())
+    """Hash what this stage depends on: the files' bytes (or the hub name) and the recipe's keys."""
+    path, digest = Path(recipe.dataset_name), hashlib.sha256()
+    root = Path(__file__).parent.parent
+    modules = ["tools/protocol.py", *(["scripts/make_tool_data.py"] if recipe.tool_rows else [])]
+    files = {name: root / name for name in modules}
+    if path.is_dir():
+        files |= {f"./{file.relative_to(path).as_posix()}": file for file in list_files(path)}
+    elif path.is_file():
+        files["./"] = path
+    for name, file in files.items():
+        with file.open("rb") as content:
+            digest.update(name.encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    keys = [DATA_FORMAT, *(getattr(recipe, key) for key in _HASHED_KEYS)]
+    digest.update(json.dumps(keys).encode())
     return digest.hexdigest()
 
 
-def _to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def to_json_line(value: Any) -> bytes:
+    """Write a value as one line of JSON, whatever text it holds.
+
+    Line separators of Unicode are escaped, because readers that split lines of text split there too;
+    a lone surrogate, which UTF-8 cannot hold, becomes its escape.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    for separator in "\u0085\u2028\u2029":
+        if separator in text:
+            text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+class _Preparation:
+    """One run of this stage: its open files, its counts, and the steps in order."""
+
+    def __init__(self, recipe: TrainingRecipe, work_dir: Path) -> None:
+        self.recipe, self.work_dir = recipe, work_dir
+        self.rows_read = self.unreadable = self.rejected_rows = 0
+        self.bad_lines: list[str] = []
+        self.left_out: Counter[str] = Counter()
+        self.repaired: Counter[str] = Counter()
+        self.num_train = self.num_eval = self.num_tools = self.num_eval_tools = 0
+        self.store = RowStore(work_dir, recipe.seed, recipe.near_duplicate_threshold)
+        # Statistics are sorted on disk as well.
+        self.database = self.store.database
+        self.database.execute("CREATE TABLE trained (turns, characters, source)")
+        self.train, self.held_out, self.rejected = (
+            (work_dir / name).open("w+b") for name in (_TRAIN, _EVAL, _REJECTED)
+        )
+
+    def close(self) -> None:
+        """Close every file, so that all of it is on disk."""
+        for file in (self.train, self.held_out, self.rejected, self.store):
+            file.close()
+
+    def read(self, rows: Iterable[RawRow]) -> None:
+        """Spool what can be used; count the rest.
+
+        Raises:
+            CommandError: Too much of the data set is unreadable.
+        """
+        for raw in rows:
+            self.rows_read += 1
+            if raw.error is not None:
+                self._count_unreadable(raw)
+                continue
+            try:
+                conversation = to_conversation(raw.value)
+                reason = _filter(conversation, self.recipe)
+                if reason is not None:
+                    self._count(reason)
+                    continue
+                messages = conversation.messages
+                line = to_json_line({"messages": messages, "source": conversation.source})
+                self.store.add(StoredRow(raw.where, line, to_json_line(raw.value)), messages)
+                self.repaired.update(conversation.repairs)
+            except RowRejectedError as error:
+                self._reject(raw.where, str(error), to_json_line(raw.value))
+            except RecursionError:
+                self._reject(raw.where, "nested too deeply", to_json_line(None))
+        first = self.bad_lines[0] if self.bad_lines else ""
+        check_unreadable(self.recipe.dataset_name, self.unreadable, self.rows_read, first)
+
+    def _count_unreadable(self, raw: RawRow) -> None:
+        self.unreadable += 1
+        text = f"{raw.where}: {raw.error}"
+        if len(self.bad_lines) < KEPT_BAD_LINES:
+            self.bad_lines.append(text)
+        if self.unreadable <= SHOWN_BAD_LINES:
+            log(f"{self.recipe.dataset_name}: {text}; the line is left out")
+        self._write_rejected(raw.where, f"unreadable: {raw.error}", to_json_line(raw.value))
+
+    def _count(self, reason: str) -> None:
+        if reason not in self.left_out and len(self.left_out) >= MAX_REASONS:
+            reason = OTHER_REASONS
+        self.left_out[reason] += 1
+
+    def _reject(self, where: str, reason: str, raw: bytes, detail: str = "") -> None:
+        self._count(reason)
+        self._write_rejected(where, reason + detail, raw)
+
+    def _write_rejected(self, where: str, reason: str, raw: bytes) -> None:
+        self.rejected_rows += 1
+        start = to_json_line({"where": where, "reason": reason}).rstrip(b"}\n")
+        self.rejected.write(start + b', "row": ' + raw.rstrip(b"\n") + b"}\n")
+
+    def split(self) -> None:
+        """Remove copies, then hold rows out.
+
+        Raises:
+            CommandError: There are too few rows, or too many ask the same.
+        """
+        for left_out in self.store.keep_unique(self.recipe.max_rows):
+            copy = left_out.row
+            if copy is None:
+                self._count(left_out.reason)
+            else:
+                self._reject(copy.where, left_out.reason, copy.raw, f" of {left_out.copy_of}")
+        total, name = self.store.count_kept(), self.recipe.dataset_name
+        if total < 2:
+            reasons = ", ".join(f"{count} {what}" for what, count in self.left_out.most_common(3))
+            raise CommandError(
+                f"data set '{name}' has {total} usable rows ({reasons or 'none left out'}); "
+                "expected at least 2; see README, Data, for the formats"
+            )
+        share = max(1, round(total * self.recipe.eval_fraction))
+        if not self.store.hold_out(min(self.recipe.max_eval_rows, share)):
+            raise CommandError(
+                f"data set '{name}': too many of its {total} rows start with the same user text to "
+                "hold any out; expected different first requests"
+            )
+
+    def write_rows(self) -> None:
+        """Write held-out rows, then the training rows that ask nothing near to one of them.
+
+        Raises:
+            CommandError: No training row is left.
+        """
+        threshold = self.recipe.near_duplicate_threshold
+        index = NearDuplicateIndex(self.database, "prompts", threshold)
+        for row in self.store.kept_rows(held_out=True):
+            self.held_out.write(row.line)
+            self.num_eval += 1
+            if threshold < 1:
+                request = first_request(json.loads(row.line)["messages"])
+                index.add(row.position, make_signature(request))
+        for row in self.store.kept_rows(held_out=False):
+            value = json.loads(row.line)
+            messages = value["messages"]
+            near = None
+            if threshold < 1:
+                near = index.find(make_signature(first_request(messages)))
+            if near is not None:
+                self._reject(row.where, CLOSE_PROMPT, row.raw, f", {self.store.where_is(near)}")
+                continue
+            self.train.write(row.line)
+            self.num_train += 1
+            turns = len(messages) - (messages[0]["role"] == "system")
+            characters = sum(len(message["content"]) for message in messages)
+            self.database.execute(
+                "INSERT INTO trained VALUES (?, ?, ?)", (turns, characters, str(value["source"]))
+            )
+        if not self.num_train:
+            raise CommandError(
+                f"data set '{self.recipe.dataset_name}': every row asks nearly the same as a held-out "
+                "row, so none is left to train on; raise near_duplicate_threshold or add rows"
+            )
+
+    def write_tool_rows(self) -> None:
+        """Add generated tool use: from training texts to train, from held-out texts to watch."""
+        if not self.recipe.tool_rows:
+            return
+        corpus = _corpus_of(self.train)
+        self.num_tools = _write_lines(
+            self.train, generate_conversations(self.recipe.tool_rows, self.recipe.seed, corpus)
+        )
+        held_out_corpus = _corpus_of(self.held_out)
+        if len(held_out_corpus.sentences) < MIN_SENTENCES:
+            log("prepare: too few held-out sentences; eval_tools.jsonl is made of training texts")
+            held_out_corpus = corpus
+        share = self.num_eval / (self.num_train + self.num_eval)
+        wanted = max(MIN_EVAL_TOOL_ROWS, round(self.recipe.tool_rows * share))
+        rows = generate_conversations(
+            min(MAX_EVAL_TOOL_ROWS, wanted), self.recipe.seed + 1, held_out_corpus
+        )
+        with (self.work_dir / _EVAL_TOOLS).open("wb") as file:
+            self.num_eval_tools = _write_lines(file, rows)
+
+    def make_report(self) -> dict[str, Any]:
+        """Collect the counts."""
+        sources = self.database.execute(
+            "SELECT source, count(*) FROM trained GROUP BY source ORDER BY 2 DESC, 1 LIMIT 20"
+        )
+        return {
+            "rows_read": self.rows_read,
+            "unreadable_rows": self.unreadable,
+            "bad_lines": self.bad_lines,
+            "left_out": dict(self.left_out.most_common()),
+            "repaired": dict(self.repaired.most_common()),
+            "filters": {"min_score": self.recipe.min_score, "sources": self.recipe.sources},
+            "rejected_rows": self.rejected_rows,
+            "train_rows": self.num_train,
+            "tool_rows": self.num_tools,
+            "eval_rows": self.num_eval,
+            "eval_tool_rows": self.num_eval_tools,
+            "sources": dict(sources),
+            "turns": self._spread("turns", {"min": 0, "median": 0.5, "max": 1}),
+            "characters": self._spread("characters", {"median": 0.5, "p95": 0.95, "max": 1}),
+        }
+
+    def _spread(self, column: str, shares: dict[str, float]) -> dict[str, int]:
+        return {
+            name: self.database.execute(
+                f"SELECT {column} FROM trained ORDER BY {column} LIMIT 1 OFFSET ?",
+                (max(0, math.ceil(share * self.num_train) - 1),),
+            ).fetchone()[0]
+            for name, share in shares.items()
+        }
+
+
+def _filter(conversation: Conversation, recipe: TrainingRecipe) -> str | None:
+    """Say why the user's own filters leave a row out."""
+    if recipe.min_score > 0:
+        score = conversation.score
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not is_number or (isinstance(score, float) and math.isnan(score)):
+            return "no score"
+        if score < recipe.min_score:
+            return f"score below {recipe.min_score:g}"
+    wanted = set(filter(None, recipe.sources))
+    return "source not asked for" if wanted and conversation.source not in wanted else None
+
+
+def _corpus_of(file: IO[bytes]) -> Corpus:
+    """Take the texts of a file's first rows: they come in the order of their hashes, so at random."""
+    file.seek(0)
+    corpus = Corpus.of(
+        json.loads(line)["messages"] for line in itertools.islice(file, MAX_CORPUS_ROWS)
+    )
+    file.seek(0, 2)
+    return corpus
+
+
+def _write_lines(file: IO[bytes], rows: Iterable[dict[str, Any]]) -> int:
+    return sum(1 for row in rows if file.write(to_json_line(row)))
+
+
+def _log_table(data_dir: Path, report: dict[str, Any]) -> None:
+    lines = [("rows read", report["rows_read"]), ("unreadable", report["unreadable_rows"])]
+    lines += [(f"left out: {reason}", count) for reason, count in report["left_out"].items()]
+    lines += [(f"repaired: {reason}", count) for reason, count in report["repaired"].items()]
+    lines += [
+        ("to train on", report["train_rows"]),
+        ("generated tool rows", report["tool_rows"]),
+        ("held out", report["eval_rows"]),
+        ("generated tool rows held out", report["eval_tool_rows"]),
+    ]
+    width = max(len(name) for name, _ in lines)
+    log(f"prepare: {report['dataset']} to {data_dir} in {report['seconds']} s")
+    for name, count in lines:
+        log(f"  {name:{width}} {count:9,d}")
+
+
+def _is_up_to_date(data_dir: Path, fingerprint: str) -> bool:
+    if not all((data_dir / name).is_file() for name in ("report.json", _TRAIN, _EVAL)):
+        return False
+    try:
+        report = json.loads((data_dir / "report.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if report.get("eval_tool_rows") and not (data_dir / _EVAL_TOOLS).is_file():
+        return False
+    return report.get("input_hash") == fingerprint
 
 
 def prepare(recipe: TrainingRecipe) -> Path:
-    """Write ``data/train.jsonl``, ``data/eval.jsonl``, ``data/report.json``; return the folder.
+    """Write the run's data files and their report; return the folder.
 
-    Files that are already there for the same inputs are kept.
+    Files that are already there for the same inputs are kept; an error or Ctrl-C changes nothing.
+
+    Raises:
+        CommandError: The data set is missing, unreadable, or too small to be split.
     """
+    started = time.monotonic()
     data_dir = recipe.run_dir / "data"
     fingerprint = input_hash(recipe)
-    report_path = data_dir / "report.json"
-    if report_path.is_file() and (data_dir / "train.jsonl").is_file():
-        report = json.loads(report_path.read_text(encoding="utf-8"))
-        if report.get("input_hash") == fingerprint:
-            log(f"prepare: {data_dir} is up to date")
-            return data_dir
-
-    looks_local = Path(recipe.dataset_name).suffix in {".json", ".jsonl"}
-    rows: Any
-    bad_lines: list[str] = []
-    if looks_local or Path(recipe.dataset_name).exists():
-        rows, bad_lines = read_file(Path(recipe.dataset_name))
-    else:
-        rows = read_hub(recipe)
-    train, held_out, rejected = split_rows(rows, recipe)
-    corpus = Corpus.of(row["messages"] for row in train) if recipe.tool_rows else Corpus([], [])
-    tool_rows = list(generate_conversations(recipe.tool_rows, recipe.seed, corpus))
+    if _is_up_to_date(data_dir, fingerprint):
+        log(f"prepare: {data_dir} is up to date")
+        return data_dir
+    rows = open_rows(recipe.dataset_name, recipe.dataset_split)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=data_dir) as work:
+        work_dir = Path(work)
+        preparation = _Preparation(recipe, work_dir)
+        try:
+            preparation.read(rows)
+            preparation.split()
+            preparation.write_rows()
+            preparation.write_tool_rows()
+            counts = preparation.make_report()
+        finally:
+            preparation.close()
+        # Without a report the folder counts as unfinished, should this stop between two files.
+        (data_dir / "report.json").unlink(missing_ok=True)
+        for name in (_TRAIN, _EVAL, _EVAL_TOOLS, _REJECTED):
+            if (work_dir / name).is_file():
+                (work_dir / name).replace(data_dir / name)
+            else:
+                (data_dir / name).unlink(missing_ok=True)
     report = {
         "input_hash": fingerprint,
         "dataset": recipe.dataset_name,
-        "rows_read": len(rows) + len(bad_lines),
-        "bad_lines": bad_lines,
-        "left_out": dict(rejected.most_common()),
-        "train_rows": len(train),
-        "tool_rows": len(tool_rows),
-        "eval_rows": len(held_out),
-        "sources": dict(Counter(str(row["source"]) for row in train).most_common(20)),
+        **counts,
+        "seconds": round(time.monotonic() - started, 1),
     }
-    write_atomically(data_dir / "train.jsonl", _to_jsonl(train + tool_rows))
-    write_atomically(data_dir / "eval.jsonl", _to_jsonl(held_out))
-    write_atomically(report_path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    log(f"prepare: read {report['rows_read']} rows from {recipe.dataset_name}")
-    for reason, count in (("unreadable line", len(bad_lines)), *rejected.most_common()):
-        if count:
-            log(f"prepare: {count:6d} left out: {reason}")
-    log(
-        f"prepare: {len(train)} to train on, {len(tool_rows)} generated tool rows, "
-        f"{len(held_out)} held out"
+    write_atomically(
+        data_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     )
+    _log_table(data_dir, report)
     return data_dir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare a run's data and print its folder."""
-    recipe, _ = parse_recipe("Data set to train.jsonl, eval.jsonl and report.json of a run.", argv)
+    recipe, _ = parse_recipe(
+        "Data set to train.jsonl, eval.jsonl, rejected.jsonl and report.json of a run.", argv
+    )
     print(prepare(recipe))
     return OK
 

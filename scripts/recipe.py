@@ -19,6 +19,8 @@ from scripts._cli import CommandError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 PROMPT_FORMATS = ("model", "alpaca")
+BACKENDS = ("unsloth", "peft")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,12 +43,18 @@ class TrainingRecipe:
     )
     model_revision: str = _option("main", "branch, tag or commit on the hub")
     load_in_4bit: bool = _option(True, "train on NF4 weights (QLoRA)")
+    backend: str = _option("unsloth", "unsloth, or peft where Unsloth does not run")
 
     dataset_name: str = _option(
-        "scripts/data/finetome_sample.jsonl", "hub name or a .jsonl/.json file"
+        "scripts/data/finetome_sample.jsonl", "hub name, .jsonl/.json/.parquet file, or folder"
     )
     dataset_split: str = _option("train", "split of a hub data set")
     max_rows: int = _option(0, "use at most this many rows, drawn with the seed; 0 = all")
+    min_score: float = _option(0.0, "leave out rows whose score column is lower; 0 = keep all")
+    sources: list[str] = _option([], "keep only rows whose source column is one of these")
+    near_duplicate_threshold: float = _option(
+        0.85, "leave out rows whose word shingles overlap more (Jaccard); 1 = exact copies only"
+    )
     tool_rows: int = _option(0, "add this many generated tool-use conversations; 0 = none")
     eval_fraction: float = _option(0.08, "share of the rows held out for evaluation")
     max_eval_rows: int = _option(200, "hold out at most this many rows")
@@ -58,10 +66,17 @@ class TrainingRecipe:
     lora_alpha: int = _option(16, "scale numerator: the delta is alpha / r * B @ A")
     lora_dropout: float = _option(0.0, "dropout on the adapter's input")
     lora_target_modules: list[str] = _option(list(ALL_LINEAR), "projections that get an adapter")
+    use_rslora: bool = _option(False, "rank-stabilised scale: alpha / sqrt(r) instead of alpha / r")
+    use_dora: bool = _option(
+        False, "train magnitudes apart from directions; slower, not on GPU Unsloth"
+    )
     use_gradient_checkpointing: bool = _option(False, "less memory, about a third slower")
 
     per_device_train_batch_size: int = _option(4, "conversations in one forward pass")
-    gradient_accumulation_steps: int = _option(2, "forward passes in one optimizer step")
+    gradient_accumulation_steps: int = _option(
+        2, "forward passes in one optimizer step, over all devices together"
+    )
+    packing: bool = _option(True, "lay rows end to end instead of padding them")
     learning_rate: float = _option(2e-4, "peak learning rate")
     lr_scheduler_type: str = _option("cosine", "shape of the decay")
     warmup_steps: int = _option(5, "optimizer steps of linear warm-up")
@@ -70,8 +85,16 @@ class TrainingRecipe:
     num_train_epochs: float = _option(1.0, "passes over the training rows")
     max_steps: int = _option(-1, "stop after this many optimizer steps; -1 = by epochs")
     logging_steps: int = _option(1, "write metrics every this many optimizer steps")
-    save_steps: int = _option(20, "write a checkpoint every this many optimizer steps")
-    save_total_limit: int = _option(2, "keep this many checkpoints")
+    time_budget: str = _option("", "such as 55m: use as many rows as finish, export included")
+    save_steps: int = _option(
+        20, "measure held-out loss and write a checkpoint every this many optimizer steps"
+    )
+    save_total_limit: int = _option(2, "keep this many checkpoints, and the best one")
+    checkpoint_dir: str = _option("", "such as a mounted Drive; the run's checkpoints/ when empty")
+    early_stopping_patience: int = _option(
+        0, "stop when held-out loss did not fall for this many measurements; 0 = never"
+    )
+    report_to: str = _option("none", "also log to " + ", ".join(TRACKERS[1:]))
     seed: int = _option(3407, "seeds the split, the adapter and the order of rows")
 
     def __post_init__(self) -> None:
@@ -101,6 +124,11 @@ def _range_problems(recipe: TrainingRecipe) -> typing.Iterator[str]:
         ("num_train_epochs", recipe.num_train_epochs > 0, "more than 0"),
         ("max_rows", recipe.max_rows >= 0, "0 or more"),
         ("tool_rows", recipe.tool_rows >= 0, "0 or more"),
+        (
+            "near_duplicate_threshold",
+            0.5 <= recipe.near_duplicate_threshold <= 1,
+            "between 0.5 and 1",
+        ),
         ("save_steps", recipe.save_steps >= 1, "at least 1"),
         (
             "prompt_format",
@@ -112,6 +140,10 @@ def _range_problems(recipe: TrainingRecipe) -> typing.Iterator[str]:
             recipe.lr_scheduler_type in SCHEDULERS,
             " or ".join(SCHEDULERS),
         ),
+        ("backend", recipe.backend in BACKENDS, " or ".join(BACKENDS)),
+        ("report_to", recipe.report_to in TRACKERS, " or ".join(TRACKERS)),
+        ("early_stopping_patience", recipe.early_stopping_patience >= 0, "0 or more"),
+        ("save_total_limit", recipe.save_total_limit >= 1, "at least 1"),
         ("lora_dropout", 0 <= recipe.lora_dropout < 1, "at least 0 and less than 1"),
         ("max_eval_rows", recipe.max_eval_rows >= 1, "at least 1"),
         ("logging_steps", recipe.logging_steps >= 1, "at least 1"),

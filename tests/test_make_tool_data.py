@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from scripts._cli import CommandError
+from scripts.conversations import to_conversation
 from scripts.make_tool_data import Corpus, generate_conversations, sample_conversations
-from scripts.prepare_data import to_messages
 from tools import TOOLS
 from tools.protocol import parse_tool_call, tool_prompt
 
@@ -32,7 +32,7 @@ def test_kinds_are_balanced():
 
 def test_rows_are_conversations_with_the_tool_list():
     for row in ROWS:
-        assert to_messages(row) == row["messages"]
+        assert to_conversation(row).messages == row["messages"]
         assert row["messages"][0]["content"] == tool_prompt(TOOLS)
 
 

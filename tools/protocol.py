@@ -24,41 +24,57 @@ class ToolCall:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ToolDefinition:
+    """What a prompt says about a tool, wherever the tool lives: its `schema` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    schema: dict[str, Any] = field(default_factory=dict)
+
+
 def tool_schema(tool: BaseTool) -> dict[str, Any]:
     """Give a tool's JSON schema (pydantic v2)."""
     return tool.get_input_jsonschema()
 
 
-def _argument(name: str, schema: dict[str, Any], required: bool) -> str:
-    choices = schema.get("enum") or schema.get("items", {}).get("enum")
+def _argument(name: str, schema: Any, required: bool) -> str:
+    schema = schema if isinstance(schema, dict) else {}
+    items = schema.get("items")
+    choices = schema.get("enum") or (items.get("enum") if isinstance(items, dict) else None)
     text = name
-    if choices:
-        text += ": " + "|".join(choices)
+    if isinstance(choices, list):
+        text += ": " + "|".join(map(str, choices))
     if not required:
         default = schema.get("default")
-        text += f"={json.dumps({} if default is None else default)}"
+        # A foreign schema often says that an argument may be left out, but not what it is then.
+        text += f"={json.dumps({} if default is None else default)}" if "default" in schema else "?"
     return text
 
 
-def describe_tool(tool: BaseTool) -> str:
-    """Give one line for the system prompt: `- name(argument, …): first sentence`."""
-    schema = tool_schema(tool)
-    required = set(schema.get("required", ()))
-    arguments = ", ".join(
-        _argument(name, value, name in required) for name, value in schema["properties"].items()
-    )
+def describe_tool(tool: BaseTool | ToolDefinition) -> str:
+    """Give one line for the system prompt: `- name(argument, …): first sentence`.
+
+    Every JSON schema will do, also one without `properties` or `required`.
+    """
+    if not isinstance(tool, ToolDefinition):
+        tool = ToolDefinition(tool.name, tool.description, tool_schema(tool))
+    properties, required = tool.schema.get("properties"), tool.schema.get("required")
+    known = properties if isinstance(properties, dict) else {}
+    needed = required if isinstance(required, list) else []
+    arguments = ", ".join(_argument(name, value, name in needed) for name, value in known.items())
     purpose = " ".join(tool.description.split()).split(". ")[0].rstrip(".")
-    return f"- {tool.name}({arguments}): {purpose}."
+    return f"- {tool.name}({arguments})" + (f": {purpose}." if purpose else "")
 
 
-def tool_prompt(tools: Sequence[BaseTool]) -> str:
+def tool_prompt(tools: Sequence[BaseTool | ToolDefinition]) -> str:
     """Give the part of the system prompt that lists the tools: short, and the same every time."""
     call = render_tool_call(ToolCall("NAME", {}))
     lines = "\n".join(describe_tool(tool) for tool in tools)
     return f"Answer in plain text, or call a tool: answer only with {call}. Tools:\n{lines}"
 
 
-def system_with_tools(system: str | None, tools: Sequence[BaseTool]) -> str:
+def system_with_tools(system: str | None, tools: Sequence[BaseTool | ToolDefinition]) -> str:
     """Put the user's own system prompt, if any, before the list of tools."""
     return "\n\n".join(filter(None, [system, tool_prompt(tools)]))
 
