@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from export._cli import MODEL, CommandError
 from export.base_model import BaseModel, load_base, read_json
-from export.lora_math import CONFIG_NAME, WEIGHTS_NAME, Adapter, merge_weight, read_adapter
+from export.lora_math import CONFIG_NAME, WEIGHTS_NAME, Adapter, merge_module, read_adapter
 from export.merge_adapter import tokenizer_sources
 from export.verify_corpus import Message
 
@@ -95,8 +95,7 @@ def _add_adapter(model: Any, adapter: Adapter) -> None:
                     "(export.merge_adapter) and give that folder as --reference",
                     MODEL,
                 ) from None
-            a, b = factors.get_tensor(module.a_key), factors.get_tensor(module.b_key)
-            weight.copy_(merge_weight(weight, a, b, module.scale))
+            weight.copy_(merge_module(weight, module, factors))
 
 
 @contextlib.contextmanager

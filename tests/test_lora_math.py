@@ -30,6 +30,11 @@ def factors(module: str = MODULE, rank: int = 2) -> dict[str, torch.Tensor]:
     }
 
 
+def dora_factors(module: str = MODULE) -> dict[str, torch.Tensor]:
+    # PEFT writes this key without ".weight".
+    return factors(module) | {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(4)}
+
+
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -52,6 +57,26 @@ def test_merge_weight_rounds_once() -> None:
     merged = merge_weight(weight, a, torch.ones(1, 1), 1.0)
     assert merged.dtype == torch.float16
     assert merged.item() == 1 + 2.0**-10
+
+
+def test_merge_weight_with_magnitudes_sets_the_length_of_each_row() -> None:
+    # W + 0.5 * (B @ A) = [[2, 4], [0, 1]] + [[1, 0], [0, 1]] = [[3, 4], [0, 2]]: rows of length 5
+    # and 2 (columns: 3 and sqrt(20)), wanted are 10 and 1.
+    weight = torch.tensor([[2.0, 4.0], [0.0, 1.0]])
+    a, b = torch.eye(2), 2 * torch.eye(2)
+    merged = merge_weight(weight, a, b, 0.5, torch.tensor([10.0, 1.0]))
+    assert merged.tolist() == [[6.0, 8.0], [0.0, 1.0]]
+    assert weight.tolist() == [[2.0, 4.0], [0.0, 1.0]]
+
+
+def test_merge_weight_takes_norms_in_float32() -> None:
+    # 1003 / sqrt(2) = 709.23, in float16 (steps of 0.5) 709. With the norm rounded to float16,
+    # 1.4140625, it would be 709.30 and so 709.5.
+    weight = torch.ones(1, 2, dtype=torch.float16)
+    zero = torch.zeros(1, 2), torch.zeros(1, 1)
+    merged = merge_weight(weight, *zero, 1.0, torch.tensor([1003.0], dtype=torch.float16))
+    assert merged.dtype == torch.float16
+    assert merged.tolist() == [[709.0, 709.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -97,12 +122,20 @@ def test_read_adapter_maps_keys_to_weights(tmp_path: Path) -> None:
     (module,) = adapter.modules.values()
     assert module.weight_name == f"{MODULE}.weight"
     assert (module.shape, module.rank, module.scale) == ((4, 3), 2, 2.0)
+    assert module.magnitude_key is None
+
+
+def test_read_adapter_finds_the_magnitudes_of_a_dora(tmp_path: Path) -> None:
+    adapter = read_adapter(write_adapter(tmp_path / "a", dora_factors(), use_dora=True))
+    (module,) = adapter.modules.values()
+    assert module.magnitude_key == f"base_model.model.{MODULE}.lora_magnitude_vector"
+    assert (module.shape, module.rank, module.scale) == ((4, 3), 2, 2.0)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
+        ("use_qalora", True),
         ("modules_to_save", ["embed_tokens"]),
         ("bias", "lora_only"),
         ("lora_bias", True),
@@ -113,7 +146,7 @@ def test_read_adapter_maps_keys_to_weights(tmp_path: Path) -> None:
     ],
 )
 def test_unsupported_configuration_is_refused_by_name(key: str, value: object) -> None:
-    with pytest.raises(CommandError, match=f"{key}=.*supported: plain LoRA") as caught:
+    with pytest.raises(CommandError, match=f"{key}=.*supported: LoRA and DoRA") as caught:
         parse_config({**PLAIN, key: value})
     assert caught.value.exit_code == MODEL
 
@@ -158,6 +191,45 @@ def test_bad_factors_are_refused(
     with pytest.raises(CommandError, match=message) as caught:
         read_adapter(write_adapter(tmp_path / "a", tensors))
     assert caught.value.exit_code == MODEL
+
+
+def with_magnitude(values: torch.Tensor, module: str = MODULE) -> dict[str, torch.Tensor]:
+    return dora_factors() | {f"base_model.model.{module}.lora_magnitude_vector": values}
+
+
+def zero_dora_factors() -> dict[str, torch.Tensor]:
+    return with_magnitude(torch.full((4,), 2.0)) | zero_factors()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "use_dora", "message"),
+    [
+        (factors(), True, "use_dora=True, but 1 of 1 modules .* have no lora_magnitude_vector"),
+        (
+            dora_factors() | factors("model.layers.1.self_attn.q_proj"),
+            True,
+            r"1 of 2 .* have no lora_magnitude_vector, first 'model\.layers\.1",
+        ),
+        (dora_factors(), False, "use_dora=False, but 1 of 1 .* have a lora_magnitude_vector"),
+        (with_magnitude(torch.ones(3)), True, r"lora_magnitude_vector \(3,\), expected \(4,\)"),
+        (with_magnitude(torch.ones(1, 4)), True, r"\(1, 4\), expected \(4,\)"),
+        (with_magnitude(torch.full((4,), float("inf"))), True, "lora_magnitude_vector holds NaN"),
+        (
+            with_magnitude(torch.ones(4), "lm_head"),
+            True,
+            "'lm_head' has lora_magnitude_vector only",
+        ),
+        (zero_dora_factors(), True, "never trained"),
+    ],
+    ids=["none", "one_lacks_it", "unexpected", "short", "matrix", "infinite", "lone", "zero"],
+)
+def test_bad_magnitudes_are_refused_in_one_line(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], use_dora: bool, message: str
+) -> None:
+    with pytest.raises(CommandError, match=message) as caught:
+        read_adapter(write_adapter(tmp_path / "a", tensors, use_dora=use_dora))
+    assert caught.value.exit_code == MODEL
+    assert "\n" not in str(caught.value)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -59,6 +59,122 @@ def test_merge_equals_peft_within_one_rounding(
         torch.testing.assert_close(tensor.float(), theirs[name], rtol=2.0**-11, atol=1e-7)
 
 
+def write_dora_with_peft(adapter_dir: Path, base_dir: Path, **config: object) -> Path:
+    """Let PEFT itself name and write the tensors; B and the magnitudes are moved off their start."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    lora = LoraConfig(
+        r=8,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        use_dora=True,
+        **config,
+    )
+    adapted = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+            elif "lora_magnitude_vector" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
+    adapted.save_pretrained(adapter_dir)
+    return adapter_dir
+
+
+def merged_by_peft(adapter_dir: Path, base_dir: Path, dtype: object) -> dict:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
+    return PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().state_dict()
+
+
+def same_as_peft(ours: dict, theirs: dict, names: set[str]) -> bool:
+    """float32: 1e-5 relative. float16: neighbours at most, and those are rare."""
+    import torch
+
+    for name in names:
+        mine, peft = ours[name], theirs[name]
+        assert mine.dtype == peft.dtype
+        half = mine.dtype == torch.float16
+        rtol, atol = (2.0**-10, 2.0**-24) if half else (1e-5, 1e-7)
+        if not mine.float().allclose(peft.float(), rtol=rtol, atol=atol):
+            return False
+        if half and (mine != peft).float().mean() > 0.001:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("type_name", "use_rslora"), [("float32", False), ("float32", True), ("float16", True)]
+)
+def test_dora_merge_equals_peft(
+    base_dir: Path, tmp_path: Path, type_name: str, use_rslora: bool
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dtype = getattr(torch, type_name)
+    base = {k: v.to(dtype) for k, v in load_file(base_dir / "model.safetensors").items()}
+    save_file(base, base_dir / "model.safetensors", {"format": "pt"})
+    adapter_dir = write_dora_with_peft(tmp_path / "dora", base_dir, use_rslora=use_rslora)
+    theirs = merged_by_peft(adapter_dir, base_dir, dtype)
+    ours = tensors_of(merge_adapter(adapter_dir, tmp_path / "merged"))
+    changed = {name for name in ours if not ours[name].equal(base[name])}
+    assert len(changed) == 6
+    assert same_as_peft(ours, theirs, set(ours))
+
+    # The twins: magnitudes ignored, magnitudes slightly off, and rsLoRA mistaken.
+    config_path = adapter_dir / "adapter_config.json"
+    weights = adapter_dir / "adapter_model.safetensors"
+    config, tensors = json.loads(config_path.read_text(encoding="utf-8")), load_file(weights)
+    magnitudes = {k for k in tensors if k.endswith(".lora_magnitude_vector")}
+    assert len(magnitudes) == 6
+    plain = {k: v for k, v in tensors.items() if k not in magnitudes}
+    off = {k: v * 1.005 if k in magnitudes else v for k, v in tensors.items()}
+    for number, (change, content) in enumerate(
+        [({"use_dora": False}, plain), ({}, off), ({"use_rslora": not use_rslora}, tensors)]
+    ):
+        config_path.write_text(json.dumps({**config, **change}), encoding="utf-8")
+        save_file(content, weights)
+        twin = tensors_of(merge_adapter(adapter_dir, tmp_path / f"twin{number}"))
+        assert not any(same_as_peft(twin, theirs, {name}) for name in changed), (change, number)
+
+
+@pytest.mark.parametrize("type_name", ["float16", "bfloat16", "float32"])
+def test_dora_that_learned_nothing_is_refused(
+    base_dir: Path, tmp_path: Path, type_name: str
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dtype = getattr(torch, type_name)
+    base = {k: v.to(dtype) for k, v in load_file(base_dir / "model.safetensors").items()}
+    save_file(base, base_dir / "model.safetensors")
+    # Magnitudes as they start, and a B @ A below rounding: float32 noise must not pass as change.
+    adapter_dir = make_adapter(tmp_path / "a", base_dir, lora_alpha=1e-9, use_dora=True)
+    weights = adapter_dir / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        module = key.removesuffix(".lora_A.weight")
+        weight = base[f"{module.removeprefix('base_model.model.')}.weight"]
+        # In float64, so that this norm is not the one of the merge.
+        norms = weight.double().norm(dim=1).float()
+        tensors[f"{module}.lora_magnitude_vector"] = norms
+    save_file(tensors, weights)
+    refused("does not change 'model.layers.0", adapter_dir, tmp_path / "m")
+    # The twin: one row of each module grows by 1 %.
+    for key in [key for key in tensors if key.endswith("lora_magnitude_vector")]:
+        tensors[key][0] *= 1.01
+    save_file(tensors, weights)
+    assert merge_adapter(adapter_dir, tmp_path / "m").is_dir()
+
+
 def test_merged_folder_loads_and_has_trainings_tokenizer(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
