@@ -1,0 +1,266 @@
+"""What a run will need: memory for training, RAM for the later stages, disk for all files.
+
+Every constant is explained where it stands; tests/test_estimates.py holds the measurements.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.machine import Machine, choose_precision
+from scripts.model_shape import ModelShape
+from scripts.recipe import EMBEDDED_MODEL, TrainingRecipe
+
+# NF4 is half a byte; scales per 64 weights, themselves quantized (double quant), add 0.127 bits.
+NF4_BYTES = 0.516
+# Adapter, its gradient, and AdamW's two moments, each in fp32.
+TRAINED_BYTES = {"adapter": 4, "gradients": 4, "optimizer": 8}
+# Of the process after `import unsloth, trl`; CUDA: context, cuBLAS and bitsandbytes workspaces.
+CPU_OVERHEAD_BYTES, CUDA_OVERHEAD_BYTES = 950_000_000, 1_200_000_000
+# Host side of a CUDA process: CUDA and torch libraries, pinned buffers.
+CUDA_HOST_BYTES = 3_000_000_000
+# The loss is computed in chunks of at most so many fp32 logits; logits, softmax and gradient live
+# together. Unsloth's CUDA kernel takes larger chunks.
+CPU_LOGITS, CUDA_LOGITS, LOGIT_BYTES = 1 << 24, 1 << 26, 3 * 4
+# Held-out loss keeps whole logits: 16-bit, the picked rows, fp32, log-softmax, also 12 bytes; a
+# forward pass takes so many tokens (scripts/held_out.py), or one longer row.
+HELD_OUT_TOKENS = 1024
+# Layers' worth of tensors alive while one layer runs backward: recomputed activations, their
+# gradients, fp32 temporaries. Measured with checkpointing on a CPU; fused CUDA kernels need fewer.
+CPU_WORKING_LAYERS, CUDA_WORKING_LAYERS = 4, 2
+# What the allocator holds over what is alive: glibc's fragments / torch's cached blocks.
+CPU_SLACK, CUDA_SLACK = 1.5, 1.1
+# Bits per weight of llama.cpp's types; a little more where rows are no multiple of 256.
+BITS_PER_WEIGHT = {
+    "F16": (16.0, 16.0),
+    "Q8_0": (8.5, 8.5),
+    "Q6_K": (6.56, 8.5),
+    "Q5_K_M": (5.7, 6.8),
+    "Q5_K_S": (5.55, 6.6),
+    "Q4_K_M": (4.85, 6.3),
+    "Q4_K_S": (4.6, 6.0),
+    "Q4_0": (4.6, 5.4),
+}
+GGUF_METADATA_BYTES = TOKENIZER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Token counts of the training rows, in the order in which training takes them.
+
+    Attributes:
+        lengths: Tokens of each row.
+        padded: Whether rows of a micro-batch are padded to its longest, or laid end to end.
+    """
+
+    lengths: Sequence[int]
+    padded: bool = True
+
+    def micro_batches(self, batch_size: int, max_length: int, rows: int | None = None) -> list[int]:
+        """Give the tokens that each micro-batch computes on, padding included."""
+        cut = [min(length, max_length) for length in self.lengths[:rows]]
+        groups = [cut[at : at + batch_size] for at in range(0, len(cut), batch_size)]
+        return [max(group) * len(group) if self.padded else sum(group) for group in groups]
+
+    def biggest(self, recipe: TrainingRecipe) -> int:
+        """Give the tokens of the biggest micro-batch; a full one where no rows are known yet."""
+        batch_size, max_length = recipe.per_device_train_batch_size, recipe.max_length
+        return max(self.micro_batches(batch_size, max_length), default=batch_size * max_length)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose, on the device that trains."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(dataclasses.astuple(self))
+
+
+def activation_bytes(shape: ModelShape, r: int, num_modules: int, width: int, fused: bool) -> int:
+    """Count what autograd keeps of one token in one layer.
+
+    Args:
+        shape: Of the model.
+        r: Rank of the adapter.
+        num_modules: Adapted projections in a layer.
+        width: Bytes of an activation: 2 under autocast, 4 in fp32.
+        fused: Unsloth's CUDA kernels, which keep less; on a CPU each operation keeps its inputs.
+    """
+    h, q, mlp = shape.hidden, shape.q_width, shape.intermediate
+    rank = num_modules * r * width  # A's outputs, which B's gradient needs
+    if fused:
+        norms = 2 * h * width  # inputs of both norms
+        projections = 2 * h * width  # inputs of q/k/v and of gate/up
+        attention = 4 * q * width  # q, k, v (kv heads repeated, as xformers wants it) and output
+        return norms + projections + attention + 2 * mlp * width + rank  # gate and up
+    norms = 2 * h * 4  # inputs of both norms, which compute in fp32
+    projections = 2 * h * width  # normalised inputs of q/k/v and of gate/up
+    attention = 5 * q * width + 4 * shape.heads  # q, repeated k and v, output, o_proj's copy, lse
+    return norms + projections + attention + 4 * mlp * width + rank  # gate, silu, up, product
+
+
+def estimate_memory(
+    shape: ModelShape, recipe: TrainingRecipe, machine: Machine, tokens: int
+) -> MemoryEstimate:
+    """Estimate the peak of training on the device that trains.
+
+    Args:
+        shape: Of the base model.
+        recipe: 4 bits or 16, rank and modules, checkpointing.
+        machine: Its device decides kernels, precision and overhead.
+        tokens: Tokens of the biggest micro-batch, padding included.
+    """
+    on_cuda = machine.device == "cuda"
+    fused = on_cuda and recipe.backend == "unsloth"
+    width = 4 if choose_precision(machine.capability, machine.cpu_bf16).name == "fp32" else 2
+    parameters, modules = shape.parameters, recipe.lora_target_modules
+    weights = width * (parameters.total - parameters.linear)
+    if recipe.load_in_4bit:
+        largest = shape.hidden * max(shape.intermediate, shape.q_width)
+        weights += int(NF4_BYTES * parameters.linear) + width * largest  # one is unpacked at a time
+    else:
+        weights += width * parameters.linear
+    layer = activation_bytes(shape, recipe.lora_r, len(modules), width, fused)
+    kept = layer * shape.layers
+    if recipe.use_gradient_checkpointing:
+        # Only each layer's input stays; Unsloth moves even that from the GPU to the host.
+        kept = 0 if fused else offloaded_bytes(shape, 1, width)
+    working = layer * (CUDA_WORKING_LAYERS if fused else CPU_WORKING_LAYERS)
+    slack = CUDA_SLACK if on_cuda else CPU_SLACK
+    activations = int(slack * tokens * (kept + working))
+    logits = min(tokens * shape.vocab, CUDA_LOGITS if on_cuda else CPU_LOGITS) * LOGIT_BYTES
+    # A held-out pass keeps no activations, so the larger of the two moments counts.
+    logits = max(logits, held_out_bytes(shape, recipe) - activations)
+    trained = shape.lora_parameters(recipe.lora_r, modules)
+    return MemoryEstimate(
+        weights=weights,
+        activations=activations,
+        logits=logits,
+        overhead=CUDA_OVERHEAD_BYTES if on_cuda else CPU_OVERHEAD_BYTES,
+        **{part: trained * size for part, size in TRAINED_BYTES.items()},
+    )
+
+
+def held_out_bytes(shape: ModelShape, recipe: TrainingRecipe) -> int:
+    """Count the logits of one forward pass over held-out rows."""
+    return max(HELD_OUT_TOKENS, recipe.max_length) * shape.vocab * LOGIT_BYTES
+
+
+def offloaded_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
+    """Count the layer inputs that checkpointing keeps."""
+    return tokens * shape.layers * shape.hidden * width
+
+
+def estimate_ram(
+    shape: ModelShape, recipe: TrainingRecipe, machine: Machine, tokens: int
+) -> dict[str, int]:
+    """Estimate the host memory of each stage besides training on a CPU.
+
+    `training` (with a GPU only): libraries and the layer inputs moved off the GPU. `evaluation`
+    (without one): the model in 16 bits, in fp32 where the CPU has no bf16, and whole logits.
+    `export`: one matrix in fp32, a few times. `verification`: the reference model in float32.
+    """
+    total = shape.parameters.total
+    stages = {"export": 600_000_000 + 12 * shape.largest_matrix}
+    stages["verification"] = 1_000_000_000 + 4 * total
+    if machine.device == "cuda":
+        kept = offloaded_bytes(shape, tokens) if recipe.use_gradient_checkpointing else 0
+        return {"training": CUDA_HOST_BYTES + kept, **stages}
+    width = 2 if machine.cpu_bf16 else 4
+    evaluation = CPU_OVERHEAD_BYTES + width * total + held_out_bytes(shape, recipe)
+    return {"evaluation": evaluation, **stages}
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes by purpose; ``quantized`` by type, ``downloads`` by hub name."""
+
+    checkpoints: int
+    adapter: int
+    merged: int
+    f16: int
+    quantized: dict[str, int]
+    downloads: dict[str, int]
+
+    @property
+    def export_peak(self) -> int:
+        """Most that an export holds at a time: the merged copy goes when the F16 file is there."""
+        return self.f16 + max(self.merged, sum(self.quantized.values()))
+
+    def by_purpose(self) -> dict[str, int]:
+        """Sum up by folder: ``run``, ``checkpoints`` and ``downloads``."""
+        return {
+            "run": self.adapter + self.export_peak,
+            "checkpoints": self.checkpoints,
+            "downloads": sum(self.downloads.values()),
+        }
+
+
+def estimate_disk(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    quantizations: Sequence[str],
+    cached: Sequence[str] = (),
+) -> DiskEstimate:
+    """Estimate what training and export write.
+
+    Up to four copies of a model are on the disk during an export (unsloth#8439): the download, the
+    16-bit merge, the F16 GGUF, and each quantized file. All are priced before training starts.
+
+    Args:
+        shape: Of the base model.
+        recipe: Its model name, adapter and ``save_total_limit``.
+        quantizations: GGUF types that the export is asked for.
+        cached: Hub names that are downloaded already.
+    """
+    total = shape.parameters.total
+    trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules)
+    adapter = TRAINED_BYTES["adapter"] * trained + TOKENIZER_BYTES
+    checkpoint = adapter + TRAINED_BYTES["optimizer"] * trained
+    # Beside the limit: the best one, and the new one, before the trainer removes the oldest.
+    num_checkpoints = recipe.save_total_limit + 2
+    return DiskEstimate(
+        checkpoints=num_checkpoints * checkpoint,
+        adapter=adapter,
+        merged=2 * total + TOKENIZER_BYTES,
+        f16=gguf_bytes(shape, "F16"),
+        quantized={kind: gguf_bytes(shape, kind) for kind in quantizations if kind != "F16"},
+        downloads={
+            name: size for name, size in _downloads(shape, recipe).items() if name not in cached
+        },
+    )
+
+
+def gguf_bytes(shape: ModelShape, kind: str) -> int:
+    """Estimate the size of a GGUF file; an unknown type is priced as F16."""
+    regular, irregular = BITS_PER_WEIGHT.get(kind.upper(), BITS_PER_WEIGHT["F16"])
+    even = all(width % 256 == 0 for width in (shape.hidden, shape.intermediate, shape.q_width))
+    return int(shape.parameters.total * (regular if even else irregular) / 8) + GGUF_METADATA_BYTES
+
+
+def _downloads(shape: ModelShape, recipe: TrainingRecipe) -> dict[str, int]:
+    """Give the hub repositories that training and export load, and their sizes.
+
+    A name that ends in ``bnb-4bit`` is a quantized mirror: the export takes the 16-bit original.
+    """
+    name = recipe.model_name_or_path
+    if name == EMBEDDED_MODEL or Path(name).exists():
+        return {}
+    parameters = shape.parameters
+    full = 2 * parameters.total
+    original = name.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+    if original == name:
+        return {name: full}
+    mirror = int(NF4_BYTES * parameters.linear) + 2 * (parameters.total - parameters.linear)
+    return {name: mirror, original: full}

@@ -1,0 +1,145 @@
+"""Time: durations as people write them, stages as measured, rows that end within a budget."""
+
+import dataclasses
+import datetime
+
+import pytest
+
+from scripts._cli import CommandError
+from scripts.estimates import Workload
+from scripts.recipe import TrainingRecipe
+from scripts.time_plan import (
+    PlanInputs,
+    export_seconds,
+    format_duration,
+    parse_duration,
+    plan_time,
+    rows_within_budget,
+    verify_seconds,
+)
+
+RECIPE = TrainingRecipe(per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=20)
+
+
+def inputs(recipe=RECIPE, num_rows=10_000, **more) -> PlanInputs:
+    return PlanInputs(
+        recipe,
+        Workload([100 + 40 * (at % 7) for at in range(num_rows)], padded=False),
+        parameters=134_515_008,
+        adapter_parameters=4_884_480,
+        seconds_per_token=0.002,
+        seconds_per_step=0.1,
+        eval_tokens=5_000,
+        eval_steps=20,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("55m", 3300),
+        ("1h30m", 5400),
+        ("90s", 90),
+        ("2h", 7200),
+        (" 1H 05M ", 3900),
+        ("1.5h", 5400),
+        ("10min", 600),
+    ],
+)
+def test_durations_are_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("45", r"'45' has no unit; did you mean 45m \(minutes\)\?"),
+        ("", "not understood; expected such as 55m"),
+        ("soon", "not understood"),
+        ("5m1h", "not understood"),
+        ("1h1h", "not understood"),
+        ("1h30", "not understood"),
+        ("-5m", "not understood"),
+        ("0m", "no time at all"),
+    ],
+)
+def test_what_is_no_duration_is_refused(text, message):
+    with pytest.raises(CommandError, match=message):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(54, "54 s"), (99, "99 s"), (754, "13 min"), (3599, "1 h 00 min"), (3900, "1 h 05 min")],
+)
+def test_durations_are_written(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_export_times_are_as_measured():
+    # two cores: TinyLlama size 16 + 10 + 26 s; SmolLM2-135M to three files with verification 40 s
+    assert export_seconds(1_100_048_384, ["Q4_K_M"]) == pytest.approx(52, rel=0.2)
+    small = export_seconds(134_515_008, ["F16", "Q8_0", "Q4_K_M"])
+    assert small + verify_seconds(134_515_008, 3) == pytest.approx(40, rel=0.3)
+    assert export_seconds(7e9, ["Q4_K_M"], threads=8) < export_seconds(7e9, ["Q4_K_M"], threads=2)
+
+
+def test_plan_counts_steps_and_tokens_as_the_trainer_does():
+    # 20 rows: five micro-batches of four, so three optimizer steps
+    plan = plan_time(inputs(num_rows=20))
+    assert (plan.rows, plan.steps) == (20, 3)
+    assert plan.real_tokens == plan.computed_tokens == sum(inputs(num_rows=20).workload.lengths)
+    expected = 0.002 * plan.computed_tokens + 3 * 0.1
+    assert plan.seconds["training"] == pytest.approx(expected)
+    assert plan.total == pytest.approx(sum(plan.seconds.values()))
+    twice = plan_time(inputs(dataclasses.replace(RECIPE, num_train_epochs=2), num_rows=20))
+    assert (twice.steps, twice.real_tokens) == (6, 2 * plan.real_tokens)
+
+
+def test_max_steps_wins_over_epochs():
+    plan = plan_time(inputs(dataclasses.replace(RECIPE, max_steps=5), num_rows=800))
+    assert plan.steps == 5
+    assert plan.real_tokens == pytest.approx(5 * 8 * 220, rel=0.05)
+
+
+def test_padding_costs_time():
+    whole = inputs(num_rows=80)
+    padded = dataclasses.replace(whole, workload=Workload(whole.workload.lengths, padded=True))
+    assert plan_time(padded).computed_tokens > plan_time(whole).computed_tokens
+    assert plan_time(padded).real_tokens == plan_time(whole).real_tokens
+
+
+def test_finish_leaves_out_what_is_over():
+    now = datetime.datetime(2026, 1, 1, 12, 0)
+    plan = plan_time(inputs(num_rows=80, elapsed_seconds=600))
+    assert plan.finish(now) == now + datetime.timedelta(seconds=plan.total - 600)
+
+
+@pytest.mark.parametrize("minutes", [5, 20, 55])
+def test_rows_end_in_time_and_one_step_more_would_not(minutes):
+    known = inputs(elapsed_seconds=30)
+    rows = rows_within_budget(known, 60 * minutes)
+    assert 8 <= rows < 10_000
+    assert rows % 8 == 0
+    assert plan_time(known, rows).total <= 0.9 * 60 * minutes
+    assert plan_time(known, rows + 8).total > 0.9 * 60 * minutes
+
+
+def test_everything_fits_into_a_long_budget():
+    assert rows_within_budget(inputs(num_rows=77), 3600) == 77
+
+
+def test_a_budget_that_holds_no_training_is_refused_with_one_that_does():
+    with pytest.raises(CommandError, match="is too short: model load, evaluation and export") as e:
+        rows_within_budget(inputs(), 60)
+    enough = parse_duration(str(e.value).partition("a budget of ")[2].split(";")[0])
+    assert rows_within_budget(inputs(), enough) >= 8
+
+
+def test_max_steps_against_a_budget():
+    recipe = dataclasses.replace(RECIPE, max_steps=10_000)
+    with pytest.raises(CommandError, match=r"max_steps 10000.*set max_steps: -1"):
+        rows_within_budget(inputs(recipe), 3600)
+    free = dataclasses.replace(RECIPE, max_steps=-1)
+    assert 8 <= rows_within_budget(inputs(free), 3600) < 10_000
