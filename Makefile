@@ -20,7 +20,8 @@ check: setup ## lint, format and type check
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench: setup ## measure ours against the usual way
+bench: setup ## measure ours against the usual way (about 25 min)
+	@$(PY) -m scripts.benchmark train
 	@$(PY) -m scripts.benchmark chat
 
 clean: ## remove caches (never outputs/ or .venv)

@@ -25,8 +25,12 @@ class CommandError(Exception):
 
 
 def log(message: str) -> None:
-    """Write one line to stderr: stdout carries results only."""
-    print(message, file=sys.stderr, flush=True)
+    """Write one line to stderr: stdout carries results only.
+
+    Of several processes that train together only the first one speaks.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -38,7 +42,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except CommandError as error:
-        log(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         log("interrupted")

@@ -11,81 +11,31 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import prepare_data
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.conversations import RowRejectedError, to_conversation
+from scripts.held_out import held_out_loss
+from scripts.prepare_data import load_rows
+from scripts.read_rows import check_unreadable, open_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
-from scripts.render import IGNORED, EncodedConversation, render
-from scripts.train_lora import encode_rows, load_rows
+from scripts.render import encode_prompt, encode_rows
 
 QUESTIONS = ("Explain recursion with an example.",)
 MAX_ANSWER_TOKENS = 120
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOutLoss:
-    """Mean negative log-likelihood of the trained tokens, in nats per token."""
-
-    loss: float
-    tokens: int
-    rows: int
-
-    def to_json(self) -> dict[str, float]:
-        """Give the numbers, with the perplexity."""
-        return {
-            "loss": round(self.loss, 4),
-            "perplexity": round(math.exp(self.loss), 3),
-            "tokens": self.tokens,
-            "rows": self.rows,
-        }
-
-
-def held_out_loss(model: Any, rows: Sequence[EncodedConversation], batch_size: int) -> HeldOutLoss:
-    """Measure the loss on answers; every trained token weighs the same.
-
-    Args:
-        model: A causal language model; its logits have shape (B, T, V).
-        rows: Encoded conversations.
-        batch_size: Rows in one forward pass; similar lengths go together.
-    """
-    import torch
-
-    total, tokens = 0.0, 0
-    order = sorted(rows, key=lambda row: len(row.input_ids))
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            length = max(len(row.input_ids) for row in batch)
-            ids = torch.zeros(len(batch), length, dtype=torch.long, device=model.device)
-            labels = torch.full_like(ids, IGNORED)
-            mask = torch.zeros_like(ids)
-            for index, row in enumerate(batch):
-                size = len(row.input_ids)
-                ids[index, :size] = torch.tensor(row.input_ids)
-                labels[index, :size] = torch.tensor(row.labels)
-                mask[index, :size] = 1
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            wanted = labels[:, 1:] != IGNORED
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1][wanted].float(), labels[:, 1:][wanted], reduction="sum"
-            )
-            total, tokens = total + float(loss), tokens + int(wanted.sum())
-    return HeldOutLoss(total / tokens, tokens, len(rows))
 
 
 def generate_answer(model: Any, tokenizer: Any, question: str) -> str:
     """Answer a question greedily."""
     import torch
 
-    text = render(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": question}])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,
@@ -111,14 +61,23 @@ def _read_eval_rows(
     if eval_file is None:
         path = recipe.run_dir / "data" / "eval.jsonl"
         return path, load_rows(path)
-    raw, _ = prepare_data.read_file(eval_file)
-    rows = []
-    for row in raw:
-        with contextlib.suppress(prepare_data.RowRejectedError):
-            rows.append({"messages": prepare_data.to_messages(row)})
+    rows, unreadable, rejected = [], [], Counter[str]()
+    for raw in open_rows(str(eval_file)):
+        if raw.error is not None:
+            unreadable.append(f"{raw.where}: {raw.error}")
+            continue
+        try:
+            rows.append({"messages": to_conversation(raw.value).messages})
+        except RowRejectedError as error:
+            rejected[str(error)] += 1
+    total = len(rows) + len(unreadable) + rejected.total()
+    check_unreadable(str(eval_file), len(unreadable), total, *unreadable[:1] or [""])
+    for reason, count in [("unreadable", len(unreadable)), *rejected.most_common()]:
+        if count:
+            log(f"evaluate: {count} rows of {eval_file} left out: {reason}")
     if not rows:
         raise CommandError(f"--eval-file '{eval_file}' has no usable conversation")
-    log(f"evaluate: {len(rows)} of {len(raw)} rows of {eval_file} are usable")
+    log(f"evaluate: {len(rows)} of {total} rows of {eval_file} are usable")
     return eval_file, rows
 
 
@@ -152,13 +111,13 @@ def evaluate(recipe: TrainingRecipe, eval_file: Path | None = None) -> Path:
     from peft import PeftModel
 
     tuned = PeftModel.from_pretrained(model, str(adapter_dir))
-    rows = encode_rows(tokenizer, raw_rows, recipe.max_length, "held out")
+    rows, _ = encode_rows(tokenizer, raw_rows, recipe.max_length, "held out")
     started = time.monotonic()
     result: dict[str, Any] = {"inputs": inputs, "held_out_file": str(eval_path)}
     with tuned.disable_adapter():
-        result["base"] = held_out_loss(tuned, rows, recipe.per_device_train_batch_size).to_json()
+        result["base"] = held_out_loss(tuned, rows).to_json()
         before = [generate_answer(tuned, tokenizer, question) for question in QUESTIONS]
-    result["tuned"] = held_out_loss(tuned, rows, recipe.per_device_train_batch_size).to_json()
+    result["tuned"] = held_out_loss(tuned, rows).to_json()
     after = [generate_answer(tuned, tokenizer, question) for question in QUESTIONS]
     result["answers"] = [
         {"question": question, "base": base, "tuned": answer}

@@ -7,7 +7,7 @@ from scripts.recipe import write_atomically
 
 
 def plot_loss(metrics_path: Path, image_path: Path) -> None:
-    """Draw training loss and learning rate over steps from ``metrics.jsonl``."""
+    """Draw training loss, held-out loss and learning rate over steps from ``metrics.jsonl``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,21 +18,37 @@ def plot_loss(metrics_path: Path, image_path: Path) -> None:
     if not steps:
         return
     numbers, losses, rates = zip(*steps, strict=True)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    axes.plot(numbers, losses, color="#1f4e79", alpha=0.35, linewidth=1)
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     window = max(1, len(losses) // 20)
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / (i - max(0, i - window) + 1)
-        for i in range(len(losses))
-    ]
-    axes.plot(numbers, smooth, color="#1f4e79", linewidth=2, label="training loss (smoothed)")
+    parts = [losses[max(0, at - window) : at + 1] for at in range(len(losses))]
+    smooth = [sum(part) / len(part) for part in parts]
+    dot = "o" if len(losses) == 1 else None  # a line needs two points
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    right = axes.twinx()
+    right.set_zorder(-1)  # behind the losses
+    axes.patch.set_visible(False)
+    axes.plot(numbers, losses, color="#1f4e79", alpha=0.35, linewidth=1)
+    axes.plot(
+        numbers, smooth, color="#1f4e79", linewidth=2, marker=dot, label="training loss (smoothed)"
+    )
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#2e7d32", marker="o", label="held-out loss")
+    right.plot(
+        numbers,
+        rates,
+        color="#c55a11",
+        linewidth=1,
+        linestyle="--",
+        marker=dot,
+        label="learning rate",
+    )
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss per trained token (nats)")
     axes.grid(alpha=0.25)
-    right = axes.twinx()
-    right.plot(numbers, rates, color="#c55a11", linewidth=1, linestyle="--")
     right.set_ylabel("learning rate", color="#c55a11")
-    axes.legend(loc="upper right")
+    right.set_ylim(0, 1.15 * max(rates) or 1)
+    axes.legend(handles=[*axes.get_lines()[1:], *right.get_lines()], loc="upper right")
     figure.tight_layout()
     temporary = image_path.with_name(f".{image_path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")

@@ -18,6 +18,9 @@ PACKAGES = [
     "datasets",
     "accelerate",
 ]
+# Their interfaces change from release to release: another one fails with an unexpected keyword, or worse.
+STRICT = ("transformers", "trl", "peft", "unsloth", "unsloth_zoo")
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 _EDGE_BYTES = 1 << 20
 
 
@@ -54,6 +57,34 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def version_problems(
+    installed: dict[str, str], requirements: Path = REQUIREMENTS
+) -> dict[str, str]:
+    """Find packages outside the tested ranges.
+
+    Args:
+        installed: Version by package, from ``versions``.
+        requirements: A requirements file.
+
+    Returns:
+        By package: what is there and what was tested.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    problems = {}
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        try:
+            wanted = Requirement(line.partition("#")[0].strip())
+        except InvalidRequirement:
+            continue
+        found = installed.get(wanted.name)
+        if found is not None and not wanted.specifier.contains(found, prereleases=True):
+            problems[wanted.name] = (
+                f"{wanted.name} {found} is outside the tested {wanted.specifier}"
+            )
+    return problems
 
 
 def read_provenance(run_dir: Path) -> dict[str, Any]:

@@ -2,193 +2,105 @@
 
 Reads ``data/train.jsonl`` and ``data/eval.jsonl`` of the run (made first if they are missing), writes
 ``adapter/``, ``metrics.jsonl``, ``loss.png``, ``provenance.json`` and checkpoints. The same command
-after an interruption goes on from the last checkpoint.
+after an interruption goes on from the last whole checkpoint.
 
     python -m scripts.train_lora --config scripts/recipes/smollm2-135m-cpu.yaml --learning-rate 1e-4
+    … --dry-run           (what it would take, without training)
+    … --preview 3         (rows with the trained tokens marked)
+    torchrun --nproc_per_node 2 -m scripts.train_lora --config …     (several devices)
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
-import math
+import os
 import shutil
-import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scripts import prepare_data
 from scripts._cli import FAILED, OK, CommandError, log, run_command
-from scripts.metrics import plot_loss, restart_metrics, seen_tokens
+from scripts.checkpoints import newest_whole, step_of
+from scripts.metrics import plot_loss, restart_metrics
+from scripts.plan_run import Preflight, probe_speed
+from scripts.preflight_report import Report
+from scripts.prepare_data import load_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
-from scripts.render import IGNORED, EncodedConversation, encode_conversation
+from scripts.render import EncodedConversation, RowTotals, encode_rows
 
 # Recipe keys that do not change what is trained.
-_NEUTRAL_KEYS = ("run_name", "output_root", "logging_steps", "save_steps", "save_total_limit")
+NEUTRAL_KEYS = (
+    "run_name",
+    "output_root",
+    "logging_steps",
+    "save_total_limit",
+    "checkpoint_dir",
+    "report_to",
+)
 
 
 def training_hash(recipe: TrainingRecipe) -> str:
     """Hash what the adapter depends on: the recipe's keys and the prepared rows."""
     values = dataclasses.asdict(recipe)
-    for key in _NEUTRAL_KEYS:
+    for key in NEUTRAL_KEYS:
         values.pop(key)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    digest.update((recipe.run_dir / "data" / "train.jsonl").read_bytes())
+    for name in ("train.jsonl", "eval.jsonl"):
+        with (recipe.run_dir / "data" / name).open("rb") as rows:
+            digest.update(hashlib.file_digest(rows, "sha256").digest())
     return digest.hexdigest()
 
 
-def load_rows(path: Path) -> list[dict[str, Any]]:
-    """Read prepared rows."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def checkpoint_folder(recipe: TrainingRecipe, wanted: str) -> Path:
+    """Give the folder of this very training; another recipe or other rows have another one."""
+    root = Path(recipe.checkpoint_dir) / recipe.run_name if recipe.checkpoint_dir else None
+    return (root or recipe.run_dir / "checkpoints") / wanted[:12]
 
 
-def encode_rows(
-    tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int, what: str
-) -> list[EncodedConversation]:
-    """Tokenize rows and say what did not fit.
-
-    Raises:
-        CommandError: No row fits, or a row has no trained token.
-    """
-    encoded = [encode_conversation(tokenizer, row["messages"], max_length) for row in rows]
-    kept = [row for row in encoded if row is not None]
-    dropped, cut = len(encoded) - len(kept), sum(row.dropped_turns > 0 for row in kept)
-    if dropped or cut:
-        log(f"{what}: {dropped} rows longer than {max_length} tokens left out, {cut} cut at a turn")
-    if not kept:
-        raise CommandError(
-            f"{what}: no conversation fits into max_length {max_length}; raise max_length"
+def _explain_fresh_start(recipe: TrainingRecipe, folder: Path) -> None:
+    """Say which keys changed since another, unfinished training of this run."""
+    for other in sorted(folder.parent.glob("*/recipe.yaml")):
+        if other.parent == folder or not any(other.parent.glob("checkpoint-*")):
+            continue
+        former = yaml.safe_load(other.read_text(encoding="utf-8"))
+        now = dataclasses.asdict(recipe)
+        changed = [
+            f"{key} {former.get(key)} -> {value}"
+            for key, value in now.items()
+            if key not in NEUTRAL_KEYS and former.get(key) != value
+        ]
+        log(
+            f"train: starting anew; the checkpoints in {other.parent} are of another training "
+            f"({', '.join(changed) or 'its rows were others'}) and are kept"
         )
-    if any(all(label == IGNORED for label in row.labels) for row in kept):
-        raise CommandError(f"{what}: a row has no trained token; check the chat template")
-    tokens = sum(len(row.input_ids) for row in kept)
-    trained = sum(label != IGNORED for row in kept for label in row.labels)
-    log(f"{what}: {len(kept)} rows, {tokens} tokens, {trained / tokens:.0%} of them trained")
-    return kept
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """Give the newest whole checkpoint; the trainer state is the file that is written last."""
-    needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-        and all((path / name).is_file() for name in needed)
-    ]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+@dataclasses.dataclass
+class _Devices:
+    """The processes that train together (``torchrun`` or ``accelerate launch``)."""
 
+    rank: int = dataclasses.field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world: int = dataclasses.field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
-@contextlib.contextmanager
-def _stop_on_signal(control: dict[str, bool]) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step ends and a checkpoint is kept."""
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
-    def ask_to_stop(number: int, frame: Any) -> None:
-        if control["stop"]:
-            raise KeyboardInterrupt
-        control["stop"] = True
-        log("stopping after this step; the checkpoint is kept (again: stop at once)")
+    def wait(self) -> None:
+        """Let every process reach this point."""
+        if self.world > 1:
+            import torch
+            from accelerate import PartialState
 
-    old = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _make_callback(recipe: TrainingRecipe, metrics_path: Path, control: dict[str, bool]) -> Any:
-    from transformers import TrainerCallback
-
-    class RunMetrics(TrainerCallback):
-        """Metrics as JSON lines, a progress line without a terminal, and the stop flag."""
-
-        started = time.monotonic()
-        first_step = 0
-
-        def on_train_begin(self, args: Any, state: Any, control_: Any, **kwargs: Any) -> None:
-            self.started, self.first_step = time.monotonic(), state.global_step
-
-        def on_log(
-            self, args: Any, state: Any, control_: Any, logs: dict[str, Any], **kwargs: Any
-        ) -> None:
-            kept = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-            kept |= {
-                "step": state.global_step,
-                "seconds": round(time.monotonic() - self.started, 1),
-            }
-            with metrics_path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(kept) + "\n")
-            done = state.global_step - self.first_step
-            if "loss" in logs and done and not sys.stderr.isatty() and state.global_step % 10 == 0:
-                left = kept["seconds"] / done * (state.max_steps - state.global_step)
-                log(
-                    f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}  "
-                    f"{left:.0f} s left"
-                )
-
-        def on_step_end(self, args: Any, state: Any, control_: Any, **kwargs: Any) -> None:
-            if control["stop"]:
-                control_.should_save = control_.should_training_stop = True
-
-    return RunMetrics()
-
-
-def _make_trainer(
-    recipe: TrainingRecipe,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[EncodedConversation],
-    checkpoint_dir: Path,
-    callback: Any,
-) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from scripts.batching import LengthMixedSampler
-    from scripts.model_loading import precision
-
-    class LengthMixedTrainer(SFTTrainer):
-        """SFTTrainer with rows of similar length in a micro-batch, micro-batches shuffled."""
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> LengthMixedSampler:
-            lengths = [len(row.input_ids) for row in rows]
-            return LengthMixedSampler(lengths, recipe.per_device_train_batch_size, recipe.seed)
-
-    columns = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-    arguments = SFTConfig(
-        output_dir=str(checkpoint_dir),
-        per_device_train_batch_size=recipe.per_device_train_batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler_type,
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        num_train_epochs=recipe.num_train_epochs,
-        max_steps=recipe.max_steps,
-        logging_steps=recipe.logging_steps,
-        save_steps=recipe.save_steps,
-        save_total_limit=recipe.save_total_limit,
-        seed=recipe.seed,
-        max_length=None,  # rows were cut at turns already
-        packing=False,
-        optim="adamw_torch",
-        report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
-        gradient_checkpointing=recipe.use_gradient_checkpointing,
-        **precision(),
-    )
-    return LengthMixedTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(columns),
-        args=arguments,
-        callbacks=[callback],
-    )
+            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 def _install_adapter(model: Any, tokenizer: Any, run_dir: Path, base_name: str) -> Path:
@@ -206,103 +118,289 @@ def _install_adapter(model: Any, tokenizer: Any, run_dir: Path, base_name: str) 
     return adapter_dir
 
 
+def _held_out_rows(recipe: TrainingRecipe) -> list[dict[str, Any]]:
+    """Rows that pick the best checkpoint: conversations, and tool use where that is trained."""
+    data_dir = recipe.run_dir / "data"
+    rows = load_rows(data_dir / "eval.jsonl")
+    if recipe.tool_rows:
+        rows += load_rows(data_dir / "eval_tools.jsonl")
+    return rows
+
+
+def _prepare_on_main(recipe: TrainingRecipe, devices: _Devices) -> None:
+    if devices.is_main:
+        prepare_data.prepare(recipe)
+    devices.wait()
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """Model, tokenizer and rows of a run, ready to train."""
+
+    model: Any
+    tokenizer: Any
+    rows: list[EncodedConversation]
+    held_out: list[EncodedConversation]
+    totals: RowTotals
+    batching: str
+    load_seconds: float
+
+
+def _encode(
+    recipe: TrainingRecipe, tokenizer: Any
+) -> tuple[list[EncodedConversation], list[EncodedConversation], RowTotals]:
+    train_rows = load_rows(recipe.run_dir / "data" / "train.jsonl")
+    rows, totals = encode_rows(tokenizer, train_rows, recipe.max_length, "train")
+    held_out, _ = encode_rows(tokenizer, _held_out_rows(recipe), recipe.max_length, "held out")
+    return rows, held_out, totals
+
+
+def _load(recipe: TrainingRecipe) -> _Loaded:
+    from scripts.model_loading import add_adapter, load_model
+
+    started = time.monotonic()
+    model, tokenizer = load_model(recipe)
+    load_seconds = time.monotonic() - started
+    rows, held_out, totals = _encode(recipe, tokenizer)
+    model = add_adapter(model, recipe)
+    # After the model: Unsloth patches TRL and must come first.
+    from scripts.adapter_trainer import choose_batching
+
+    batching = choose_batching(recipe, model, rows)
+    return _Loaded(model, tokenizer, rows, held_out, totals, batching, load_seconds)
+
+
+def _make_trainer(
+    recipe: TrainingRecipe, loaded: _Loaded, folder: Path, progress: Any, devices: _Devices
+) -> Any:
+    from scripts.adapter_trainer import make_trainer
+    from scripts.model_loading import precision
+
+    return make_trainer(
+        recipe, loaded.model, loaded.tokenizer, loaded.rows, loaded.held_out, folder, progress,
+        loaded.batching, precision().training_arguments, devices.world,
+    )  # fmt: skip
+
+
+def _check_run(
+    recipe: TrainingRecipe,
+    loaded: _Loaded,
+    preflight: Preflight,
+    trainer: Any,
+    folder: Path,
+    devices: _Devices,
+) -> Report:
+    """Time a few rows, choose rows for the time budget, and judge the run."""
+    from scripts.model_loading import precision
+
+    padded = loaded.batching == "padded"
+    seconds_per_token = probe_speed(trainer, loaded.rows, loaded.batching, precision().name)
+    speed = (seconds_per_token, loaded.load_seconds)
+    if preflight.budget is not None:
+        available, memory = len(loaded.rows), folder / "budget.json"
+        if devices.is_main:
+            preflight.choose_rows(loaded.rows, loaded.held_out, padded, speed, memory)
+        devices.wait()
+        loaded.rows = preflight.choose_rows(loaded.rows, loaded.held_out, padded, speed, memory)
+        log(f"train: {len(loaded.rows)} of {available} rows fit into {recipe.time_budget}")
+    return preflight.report(loaded.rows, loaded.held_out, padded, speed)
+
+
+def _finish(
+    recipe: TrainingRecipe, trainer: Any, progress: Any, folder: Path, step: int
+) -> dict[str, Any]:
+    """Turn the end of training into an error, a message, and what provenance records."""
+    state = trainer.state
+    if progress.failure:
+        raise CommandError(
+            f"training stopped at step {state.global_step}: {progress.failure}; the last good "
+            f"checkpoint is {newest_whole(folder) or 'none'}",
+            FAILED,
+        )
+    if progress.interrupted and state.global_step < state.max_steps:
+        log(f"train: stopped at step {state.global_step}; the same command goes on from there")
+        raise KeyboardInterrupt
+    if state.global_step > step and progress.watch.applied == 0:
+        raise CommandError(
+            "no optimizer step was applied: every gradient overflowed in fp16; lower learning_rate",
+            FAILED,
+        )
+    if state.global_step < state.max_steps:
+        log(
+            "train: stopped early: held-out loss did not fall "
+            f"{recipe.early_stopping_patience} times in a row"
+        )
+    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    best_step = step_of(best) if best else state.global_step
+    if state.best_metric is not None:
+        log(
+            f"train: the adapter is that of step {best_step}, held-out loss {state.best_metric:.4f}"
+        )
+    return {
+        "steps": state.global_step,
+        "resumed_from": step,
+        "best_step": best_step,
+        "held_out_loss": state.best_metric,
+        "tokens": trainer.real_tokens,
+        "padding": round(1 - trainer.real_tokens / max(1, trainer.computed_tokens), 4),
+        "rows_per_forward": -(-recipe.per_device_train_batch_size // trainer.pieces),
+        "skipped_steps": progress.watch.skipped,
+    }
+
+
+def _train_loaded(
+    recipe: TrainingRecipe,
+    loaded: _Loaded,
+    preflight: Preflight,
+    folder: Path,
+    devices: _Devices,
+) -> dict[str, Any]:
+    """Train from the newest whole checkpoint to the end; return what provenance records."""
+    from scripts.loss_watch import LossWatch
+    from scripts.model_loading import precision
+    from scripts.progress import RunProgress, stop_on_signal
+
+    checkpoint = newest_whole(folder)
+    step = step_of(checkpoint) if checkpoint else 0
+    metrics_path, image_path = recipe.run_dir / "metrics.jsonl", recipe.run_dir / "loss.png"
+    watch = LossWatch(precision().training_arguments["fp16"])
+    progress = RunProgress(metrics_path, image_path, recipe.logging_steps, watch, devices.is_main)
+    trainer = _make_trainer(recipe, loaded, folder, progress, devices)
+    if checkpoint is None or preflight.budget is not None:
+        report = _check_run(recipe, loaded, preflight, trainer, folder, devices)
+        log(report.to_text())
+        report.require_ok()
+        if preflight.budget is not None:
+            trainer = _make_trainer(recipe, loaded, folder, progress, devices)
+    if devices.is_main:
+        if checkpoint:
+            log(f"train: going on from step {step} ({checkpoint})")
+        else:
+            _explain_fresh_start(recipe, folder)
+        write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+        restart_metrics(metrics_path, step)
+    started = time.monotonic()
+    with stop_on_signal(progress):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+    figures = _finish(recipe, trainer, progress, folder, step)
+    if devices.is_main:
+        plot_loss(metrics_path, image_path)
+    log(
+        f"train: {figures['steps'] - step} steps in {seconds:.0f} s, "
+        f"{figures['tokens'] / seconds:.0f} real tokens/s"
+    )
+    return {
+        "loss": round(float(result.training_loss), 4),
+        "seconds": round(seconds, 1),
+        "batching": loaded.batching,
+        "devices": devices.world,
+        "rows": len(loaded.rows),
+        "encoded": dataclasses.asdict(loaded.totals),
+        **figures,
+    }
+
+
+def preview(recipe: TrainingRecipe, count: int) -> None:
+    """Print rows as the model will see them; only the tokenizer is loaded."""
+    from scripts.model_loading import load_tokenizer
+    from scripts.preview import preview_rows
+
+    prepare_data.prepare(recipe)
+    tokenizer = load_tokenizer(recipe)
+    rows, _, _ = _encode(recipe, tokenizer)
+    preview_rows(tokenizer, rows, count, sys.stdout)
+
+
+def dry_run(recipe: TrainingRecipe) -> Report:
+    """Do everything but train: data, model, a timed probe, and the judgement."""
+    from scripts.loss_watch import LossWatch
+    from scripts.model_loading import import_backend, resolve_model
+
+    import_backend(recipe)
+    from scripts.progress import RunProgress
+
+    prepare_data.prepare(recipe)
+    folder = checkpoint_folder(recipe, training_hash(recipe))
+    preflight = Preflight(recipe, resolve_model(recipe), folder)
+    preflight.refuse_early()
+    loaded = _load(recipe)
+    nowhere = Path(os.devnull)
+    progress = RunProgress(nowhere, nowhere, 1, LossWatch(), is_main=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = _make_trainer(recipe, loaded, Path(temporary), progress, _Devices())
+        return _check_run(recipe, loaded, preflight, trainer, Path(temporary), _Devices())
+
+
 def train(recipe: TrainingRecipe) -> Path:
     """Train and save the adapter; return its folder. A finished run is left as it is.
 
     Raises:
-        CommandError: Data or model unusable, or the loss became NaN.
+        CommandError: Data or model unusable, the machine too small, or the loss went wrong.
         KeyboardInterrupt: Stopped by the user; a checkpoint is kept.
     """
+    from scripts.model_loading import import_backend, resolve_model
     from scripts.provenance import base_fingerprint, read_provenance, versions
 
-    prepare_data.prepare(recipe)
+    devices = _Devices()
+    _prepare_on_main(recipe, devices)
     run_dir, wanted = recipe.run_dir, training_hash(recipe)
     former = read_provenance(run_dir).get("training", {})
     adapter_dir = run_dir / "adapter"
     if former.get("hash") == wanted and (adapter_dir / "adapter_model.safetensors").is_file():
         log(f"train: {adapter_dir} is up to date")
         return adapter_dir
-
-    from scripts.model_loading import load_model, resolve_model
-
-    model, tokenizer = load_model(recipe)
-    rows = encode_rows(
-        tokenizer, load_rows(run_dir / "data" / "train.jsonl"), recipe.max_length, "train"
-    )
-    from unsloth import FastLanguageModel
-
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.lora_target_modules,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if recipe.use_gradient_checkpointing else False,
-        random_state=recipe.seed,
-    )
-    write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
-    checkpoint_dir = run_dir / "checkpoints" / wanted[:12]
-    checkpoint = _newest_checkpoint(checkpoint_dir)
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if checkpoint:
-        log(f"train: going on from step {step} ({checkpoint})")
-    metrics_path, control = run_dir / "metrics.jsonl", {"stop": False}
-    restart_metrics(metrics_path, step)
-    callback = _make_callback(recipe, metrics_path, control)
-    trainer = _make_trainer(recipe, model, tokenizer, rows, checkpoint_dir, callback)
-    started = time.monotonic()
-    with _stop_on_signal(control):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if control["stop"] and trainer.state.global_step < trainer.state.max_steps:
-        log(
-            f"train: stopped at step {trainer.state.global_step}; the same command goes on from there"
-        )
-        raise KeyboardInterrupt
-    if math.isnan(result.training_loss):
-        raise CommandError(
-            "the training loss became NaN; lower learning_rate, or train with fp32 (load_in_4bit: "
-            f"false); the last checkpoint is in {checkpoint_dir}",
-            FAILED,
-        )
-    seconds = time.monotonic() - started
-    base_name = resolve_model(recipe)
-    adapter_dir = _install_adapter(model, tokenizer, run_dir, base_name)
-    tokens = seen_tokens(metrics_path)
-    provenance = {
-        "versions": versions(),
-        "base_model": {
-            "name": base_name,
-            "revision": recipe.model_revision,
-            "fingerprint": base_fingerprint(Path(base_name)),
-        },
-        "dataset": json.loads((run_dir / "data" / "report.json").read_text(encoding="utf-8")),
-        "training": {
-            "hash": wanted,
-            "steps": trainer.state.global_step,
-            "loss": round(float(result.training_loss), 4),
-            "seconds": round(seconds, 1),
-            "rows": len(rows),
-            "tokens": tokens,
-            "seed": recipe.seed,
-        },
-    }
-    plot_loss(metrics_path, run_dir / "loss.png")
-    write_atomically(run_dir / "provenance.json", json.dumps(provenance, indent=2) + "\n")
-    log(
-        f"train: {trainer.state.global_step} steps in {seconds:.0f} s"
-        + (f", {tokens / seconds:.0f} real tokens/s" if not step else "")
-    )
+    import_backend(recipe)
+    folder, base_name = checkpoint_folder(recipe, wanted), resolve_model(recipe)
+    preflight = Preflight(recipe, base_name, folder)
+    preflight.refuse_early()
+    loaded = _load(recipe)
+    if devices.is_main:
+        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+    figures = _train_loaded(recipe, loaded, preflight, folder, devices)
+    if devices.is_main:
+        _install_adapter(loaded.model, loaded.tokenizer, run_dir, base_name)
+        provenance = {
+            "versions": versions(),
+            "base_model": {
+                "name": base_name,
+                "revision": recipe.model_revision,
+                "fingerprint": base_fingerprint(Path(base_name)),
+            },
+            "dataset": json.loads((run_dir / "data" / "report.json").read_text(encoding="utf-8")),
+            "training": {"hash": wanted, "seed": recipe.seed, **figures},
+        }
+        write_atomically(run_dir / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+    devices.wait()
     return adapter_dir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a run's adapter and print its folder."""
-    recipe, _ = parse_recipe("Train a run's adapter (Unsloth, 4-bit LoRA, TRL).", argv)
+    """Train a run's adapter and print its folder; or show what would be trained."""
+    parser = argparse.ArgumentParser(
+        description="Train a run's adapter (Unsloth, 4-bit LoRA, TRL)."
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="check and plan, do not train")
+    only.add_argument(
+        "--preview", type=int, metavar="N", help="print N rows, trained tokens marked"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
+    recipe, options = parse_recipe("", argv, parser)
+    if options.preview is not None:
+        preview(recipe, options.preview)
+        return OK
     # Unsloth and the trainer print banners; stdout carries the result only.
     with contextlib.redirect_stdout(sys.stderr):
-        adapter_dir = train(recipe)
-    print(adapter_dir)
+        if options.dry_run:
+            report = dry_run(recipe)
+        else:
+            adapter_dir = train(recipe)
+    if options.dry_run:
+        print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
+        return OK if report.ok else FAILED
+    if _Devices().is_main:
+        print(adapter_dir)
     return OK
 
 

@@ -1,0 +1,60 @@
+"""Checkpoints that are known to be whole: each carries a manifest of its files, written last."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from scripts._cli import log
+from scripts.recipe import write_atomically
+
+MANIFEST = "complete.json"
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint whose files are all there."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST)
+    sums = {path.name: _sha256(path) for path in files if path.is_file()}
+    write_atomically(checkpoint / MANIFEST, json.dumps(sums, indent=2) + "\n")
+
+
+def defect(checkpoint: Path) -> str | None:
+    """Say why a checkpoint cannot be gone on from; None when it is whole."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return "it was not finished"
+    try:
+        sums = json.loads(manifest.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{MANIFEST} is damaged"
+    for name in _NEEDED:
+        if name not in sums:
+            return f"{name} is missing"
+    for name, expected in sums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} is damaged"
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Give the optimizer step of a ``checkpoint-<step>`` folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Give the newest whole checkpoint; say which newer ones are not and why."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=step_of, reverse=True):
+        reason = defect(path)
+        if reason is None:
+            return path
+        log(f"train: {path} is skipped: {reason}")
+    return None
