@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
 from scripts import checkpoints, padding_free
@@ -26,7 +32,8 @@ from scripts.row_checks import check_batch
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell lack of memory, of the GPU or of the machine, from other errors."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
     )
 
 
@@ -37,6 +44,12 @@ class AdapterTrainer(SFTTrainer):
         sampler: Order of the rows.
         held_out: Rows whose loss picks the best checkpoint.
         **kwargs: As of ``SFTTrainer``.
+
+    Attributes:
+        pieces: Portions in which a micro-batch is run; more than 1 after lack of memory.
+        real_tokens: Tokens this process trained on, padding left out.
+        computed_tokens: The same with padding.
+        real_tokens_before: Tokens of all processes before a resume.
     """
 
     control: Any
@@ -46,7 +59,7 @@ class AdapterTrainer(SFTTrainer):
     ) -> None:
         self.step_sampler, self.held_out = sampler, held_out
         self.pieces = 1
-        self.real_tokens = self.computed_tokens = 0
+        self.real_tokens = self.computed_tokens = self.real_tokens_before = 0
         self._window_tokens, self._window_seconds = 0, 0.0
         super().__init__(**kwargs)
 
@@ -86,7 +99,7 @@ class AdapterTrainer(SFTTrainer):
         started = time.monotonic()
         gradients = [
             None if weight.grad is None else weight.grad.clone()
-            for weight in self._trained_weights()
+            for weight in self.trained_weights()
         ]
         while True:
             try:
@@ -99,7 +112,7 @@ class AdapterTrainer(SFTTrainer):
                 if not is_out_of_memory(error):
                     raise
                 self._halve(inputs)
-            for weight, gradient in zip(self._trained_weights(), gradients, strict=True):
+            for weight, gradient in zip(self.trained_weights(), gradients, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -110,7 +123,8 @@ class AdapterTrainer(SFTTrainer):
         self._window_seconds += time.monotonic() - started
         return loss
 
-    def _trained_weights(self) -> list[Any]:
+    def trained_weights(self) -> list[Any]:
+        """Give the adapter's parameters."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _halve(self, inputs: padding_free.Batch) -> None:
@@ -128,16 +142,25 @@ class AdapterTrainer(SFTTrainer):
             "pass from now on, the effective batch stays"
         )
 
+    def _over_devices(self, *values: float) -> list[float]:
+        """Sum figures of all processes."""
+        if self.args.world_size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(sums).tolist()
+
+    def take_best(self, checkpoint: Path) -> None:
+        """Load what a finished training left: its state, and the best checkpoint's adapter."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and speed to the logged step."""
         if "loss" in logs and self._window_seconds:
-            sums = torch.tensor(
-                [self.real_tokens, self.computed_tokens, self._window_tokens],
-                dtype=torch.float64,
-                device=self.args.device if self.args.device.type != "mps" else "cpu",
+            real, computed, window = self._over_devices(
+                self.real_tokens, self.computed_tokens, self._window_tokens
             )
-            real, computed, window = self.accelerator.reduce(sums).tolist()
-            logs["tokens"] = int(real)
+            logs["tokens"] = self.real_tokens_before + int(real)
             logs["padding"] = round(1 - real / computed, 4)
             logs["tokens_per_second"] = round(window / self._window_seconds, 1)
             self._window_tokens, self._window_seconds = 0, 0.0
@@ -150,9 +173,8 @@ class AdapterTrainer(SFTTrainer):
         share = self.held_out[rank::world]
         with self.compute_loss_context_manager():
             total, tokens = summed_loss(model, share) if share else (0.0, 0)
-        sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
-        total, tokens = self.accelerator.reduce(sums).tolist()
-        metrics = {"eval_loss": total / tokens}
+        summed, counted = self._over_devices(total, tokens)
+        metrics = {"eval_loss": summed / counted}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -160,7 +182,7 @@ class AdapterTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not all(bool(torch.isfinite(weight).all()) for weight in self._trained_weights()):
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.trained_weights()):
             raise CommandError(
                 f"the adapter has weights that are not finite at step {self.state.global_step}; "
                 "lower learning_rate; the last checkpoint is whole",
@@ -214,9 +236,6 @@ def make_trainer(
         batching: From ``choose_batching``.
         precision: ``bf16`` and ``fp16`` of ``TrainingArguments``.
         world_size: Devices that train together.
-
-    Raises:
-        CommandError: The passes of an optimizer step cannot be shared by the devices.
     """
     on_gpu, packed = torch.cuda.is_available(), batching == "packed"
     pad_id = tokenizer.pad_token_id
@@ -227,11 +246,6 @@ def make_trainer(
         return padding_free.pad_right(batch, pad_id)
 
     size, micro_batches = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    if micro_batches % world_size:
-        raise CommandError(
-            f"gradient_accumulation_steps {micro_batches} cannot be shared by {world_size} devices; "
-            f"set it to a multiple of {world_size}: it counts the passes of all devices together"
-        )
     sampler = StepSampler(
         [len(row.input_ids) for row in rows], size, micro_batches, recipe.seed, batching == "padded"
     )
@@ -291,6 +305,10 @@ def make_trainer(
     progress.sampler = trainer.step_sampler
     for kind in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(kind)
+    for weight in trainer.trained_weights():
+        # TRL casts a QLoRA adapter to bf16: late, small updates would be lost to rounding, and a
+        # resumed run, whose weights are read as float32, would differ.
+        weight.data = weight.data.float()
     return trainer
 
 

@@ -8,7 +8,8 @@ from scripts._cli import log
 from scripts.recipe import write_atomically
 
 MANIFEST = "complete.json"
-_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_FINISHED, _STATE = "finished.json", "trainer_state.json"
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
 
 
 def _sha256(path: Path) -> str:
@@ -31,6 +32,8 @@ def defect(checkpoint: Path) -> str | None:
     try:
         sums = json.loads(manifest.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
+        sums = None
+    if not isinstance(sums, dict):
         return f"{MANIFEST} is damaged"
     for name in _NEEDED:
         if name not in sums:
@@ -58,3 +61,25 @@ def newest_whole(folder: Path) -> Path | None:
             return path
         log(f"train: {path} is skipped: {reason}")
     return None
+
+
+def mark_finished(folder: Path) -> None:
+    """Note that training came to its end, so that a lost adapter is not trained for again."""
+    write_atomically(folder / _FINISHED, "{}\n")
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether nothing is left to train after this checkpoint."""
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"] or (checkpoint.parent / _FINISHED).is_file()
+
+
+def adopt(checkpoint: Path) -> None:
+    """Correct the place of the best checkpoint, which is stored as a path, after a move."""
+    path = checkpoint / _STATE
+    state = json.loads(path.read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    here = str(checkpoint.parent / Path(best).name) if best else None
+    if best != here:
+        write_atomically(path, json.dumps(state | {"best_model_checkpoint": here}, indent=2) + "\n")
+        seal(checkpoint)

@@ -2,8 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from scripts.recipe import write_atomically
+
+
+def read_metrics(metrics_path: Path) -> list[dict[str, Any]]:
+    """Read the metrics; a last line that was cut off by a kill is left out."""
+    if not metrics_path.is_file():
+        return []
+    rows = []
+    for line in metrics_path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def plot_loss(metrics_path: Path, image_path: Path) -> None:
@@ -13,12 +27,16 @@ def plot_loss(metrics_path: Path, image_path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
-    steps = [(row["step"], row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
+    rows = read_metrics(metrics_path)
+    steps = [
+        (row["step"], row["loss"], row["learning_rate"])
+        for row in rows
+        if row.get("loss") is not None
+    ]
     if not steps:
         return
     numbers, losses, rates = zip(*steps, strict=True)
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss")]
     window = max(1, len(losses) // 20)
     parts = [losses[max(0, at - window) : at + 1] for at in range(len(losses))]
     smooth = [sum(part) / len(part) for part in parts]
@@ -58,15 +76,5 @@ def plot_loss(metrics_path: Path, image_path: Path) -> None:
 
 def restart_metrics(metrics_path: Path, step: int) -> None:
     """Keep the metrics up to ``step``: the steps after it are trained again."""
-    kept = []
-    if step and metrics_path.is_file():
-        for line in metrics_path.read_text(encoding="utf-8").splitlines():
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(metrics_path, "".join(kept))
-
-
-def seen_tokens(metrics_path: Path) -> int:
-    """Give the real tokens trained on, as TRL counted them."""
-    lines = metrics_path.read_text(encoding="utf-8").splitlines()
-    return int(max((json.loads(line).get("num_tokens", 0) for line in lines), default=0))
+    kept = [row for row in read_metrics(metrics_path) if row["step"] <= step] if step else []
+    write_atomically(metrics_path, "".join(json.dumps(row) + "\n" for row in kept))

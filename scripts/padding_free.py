@@ -154,6 +154,15 @@ def rows_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _mask_of_padding(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """Build SDPA's mask for padded batches only; rows end to end need none, causal ones neither."""
+    if attention_mask is None:
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
 def _loss_beside(model: Any, before: dict[str, Any] | None, row: dict[str, Any]) -> float:
     """Measure a row's loss with another row in front of it, whose own loss does not count."""
     rows = [row]
@@ -184,13 +193,13 @@ def enable_padding_free(
         None when the model is switched, else why it was left with padded batches.
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     window = getattr(model.config, "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and max_length > window:
         return f"rows of {max_length} tokens are longer than the sliding window of {window}"
     AttentionInterface.register(ATTENTION, rows_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, _mask_of_padding)
     former = model.config._attn_implementation
     was_training = model.training
     try:

@@ -184,6 +184,7 @@ def probe_speed(
     """
     import torch
 
+    from scripts.adapter_trainer import is_out_of_memory
     from scripts.padding_free import lay_end_to_end, num_tokens, pad_right
 
     quarter = len(rows) // 4
@@ -198,18 +199,24 @@ def probe_speed(
             break
     device = trainer.args.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    seconds, tokens = 0.0, 1
+    seconds_per_token = 0.0
     with torch.random.fork_rng(enabled=True):
-        for part in (batch[:1], batch):  # the first one warms up
+        for part in (batch[:1], batch[:1], batch):  # the first one warms up
             inputs = lay_end_to_end(part) if batching == "end to end" else pad_right(part, 0)
             tokens = num_tokens(inputs)
             inputs = {name: value.to(device) for name, value in inputs.items()}
             started = time.monotonic()
-            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                trainer.compute_loss(trainer.model, inputs, num_items_in_batch=100).backward()
+            try:
+                with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+                    trainer.compute_loss(trainer.model, inputs, num_items_in_batch=100).backward()
+            except (RuntimeError, MemoryError) as error:
+                # Training takes smaller portions then; one row tells enough.
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                break
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.monotonic() - started
+            seconds_per_token = (time.monotonic() - started) / tokens
     trainer.model.zero_grad(set_to_none=True)
     trainer.forget_metrics()
-    return seconds / tokens
+    return seconds_per_token

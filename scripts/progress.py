@@ -115,9 +115,9 @@ class RunProgress(TrainerCallback):
             self._show(state, logs, is_last or self.failure is not None)
 
     def _write(self, step: int, logs: dict[str, Any]) -> None:
-        # TRL's count is of one process; `tokens` is of all.
-        kept = {
-            key: value
+        # TRL's count is of one process; `tokens` is of all. JSON has no NaN.
+        kept: dict[str, Any] = {
+            key: value if math.isfinite(value) else None
             for key, value in logs.items()
             if isinstance(value, int | float) and key != "num_tokens"
         }

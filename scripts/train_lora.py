@@ -28,8 +28,8 @@ import yaml
 
 from scripts import prepare_data
 from scripts._cli import FAILED, OK, CommandError, log, run_command
-from scripts.checkpoints import newest_whole, step_of
-from scripts.metrics import plot_loss, restart_metrics
+from scripts.checkpoints import adopt, is_finished, mark_finished, newest_whole, step_of
+from scripts.metrics import plot_loss, read_metrics, restart_metrics
 from scripts.plan_run import Preflight, probe_speed
 from scripts.preflight_report import Report
 from scripts.prepare_data import load_rows
@@ -125,6 +125,15 @@ def _held_out_rows(recipe: TrainingRecipe) -> list[dict[str, Any]]:
     if recipe.tool_rows:
         rows += load_rows(data_dir / "eval_tools.jsonl")
     return rows
+
+
+def _check_devices(recipe: TrainingRecipe, devices: _Devices) -> None:
+    passes = recipe.gradient_accumulation_steps
+    if passes % devices.world:
+        raise CommandError(
+            f"gradient_accumulation_steps {passes} cannot be shared by {devices.world} devices; set "
+            f"it to a multiple of {devices.world}: it counts the passes of all devices together"
+        )
 
 
 def _prepare_on_main(recipe: TrainingRecipe, devices: _Devices) -> None:
@@ -241,7 +250,6 @@ def _finish(
         "resumed_from": step,
         "best_step": best_step,
         "held_out_loss": state.best_metric,
-        "tokens": trainer.real_tokens,
         "padding": round(1 - trainer.real_tokens / max(1, trainer.computed_tokens), 4),
         "rows_per_forward": -(-recipe.per_device_train_batch_size // trainer.pieces),
         "skipped_steps": progress.watch.skipped,
@@ -274,24 +282,36 @@ def _train_loaded(
             trainer = _make_trainer(recipe, loaded, folder, progress, devices)
     if devices.is_main:
         if checkpoint:
+            adopt(checkpoint)
             log(f"train: going on from step {step} ({checkpoint})")
         else:
             _explain_fresh_start(recipe, folder)
         write_atomically(folder / "recipe.yaml", recipe.to_yaml())
         restart_metrics(metrics_path, step)
+        trainer.real_tokens_before = max(
+            (row["tokens"] for row in read_metrics(metrics_path) if "tokens" in row), default=0
+        )
+    devices.wait()
     started = time.monotonic()
-    with stop_on_signal(progress):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and is_finished(checkpoint):
+        trainer.take_best(checkpoint)
+    else:
+        with stop_on_signal(progress):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     figures = _finish(recipe, trainer, progress, folder, step)
     if devices.is_main:
+        mark_finished(folder)
         plot_loss(metrics_path, image_path)
     log(
         f"train: {figures['steps'] - step} steps in {seconds:.0f} s, "
-        f"{figures['tokens'] / seconds:.0f} real tokens/s"
+        f"{trainer.real_tokens * devices.world / seconds:.0f} real tokens/s"
     )
+    logged = read_metrics(metrics_path)
+    losses = [row["loss"] for row in logged if row.get("loss") is not None]
     return {
-        "loss": round(float(result.training_loss), 4),
+        "loss": round(sum(losses) / max(1, len(losses)), 4),
+        "tokens": max((row["tokens"] for row in logged if "tokens" in row), default=0),
         "seconds": round(seconds, 1),
         "batching": loaded.batching,
         "devices": devices.world,
@@ -343,6 +363,7 @@ def train(recipe: TrainingRecipe) -> Path:
     from scripts.provenance import base_fingerprint, read_provenance, versions
 
     devices = _Devices()
+    _check_devices(recipe, devices)
     _prepare_on_main(recipe, devices)
     run_dir, wanted = recipe.run_dir, training_hash(recipe)
     former = read_provenance(run_dir).get("training", {})
