@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from export._cli import MODEL, OK, CommandError, run_command
+from export.plain_tokens import of_llama_cpp
 
 
 def probe(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -56,11 +57,11 @@ def probe(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
     enter("tokenizing")
-    result["text_ids"] = [_tokenize(model, text) for text in job["texts"]]
+    plain = of_llama_cpp(model)
+    result["text_ids"] = [plain.text_ids(text) for text in job["texts"]]
 
     enter("rendering the chat template")
-    render = _renderer(model)
-    result["chat_ids"] = [_ids_or_error(model, render, chat) for chat in job["conversations"]]
+    result["chat_ids"] = [plain.chat_ids(chat) for chat in job["conversations"]]
 
     enter("evaluating")
     logits = []
@@ -71,14 +72,10 @@ def probe(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     np.savez(folder / "logits.npz", *logits)
 
     enter("generating")
-    prompt = _ids_or_error(model, render, job["stop_conversation"])
+    prompt = plain.chat_ids(job["stop_conversation"])
     result["stop"] = _generate(model, prompt, job["max_new_tokens"])
     enter("done")
     return result
-
-
-def _tokenize(model: Any, text: str) -> list[int]:
-    return list(model.tokenize(text.encode("utf-8"), add_bos=False, special=True))
 
 
 def _is_end(model: Any, token: int) -> bool:
@@ -86,40 +83,6 @@ def _is_end(model: Any, token: int) -> bool:
 
     vocab = llama_cpp.llama_model_get_vocab(model.model)
     return token >= 0 and bool(llama_cpp.llama_vocab_is_eog(vocab, token))
-
-
-def _token_text(model: Any, token: int) -> str:
-    import llama_cpp
-
-    if token < 0:
-        return ""
-    vocab = llama_cpp.llama_model_get_vocab(model.model)
-    return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode("utf-8")
-
-
-def _renderer(model: Any) -> Any:
-    """Build the formatter as llama_cpp itself does for the template in the file."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = model.metadata.get("tokenizer.chat_template")
-    if template is None:
-        return None
-    return Jinja2ChatFormatter(
-        template=template,
-        eos_token=_token_text(model, model.token_eos()),
-        bos_token=_token_text(model, model.token_bos()),
-    )
-
-
-def _ids_or_error(model: Any, render: Any, messages: list[dict[str, str]]) -> list[int] | str:
-    from jinja2 import TemplateError
-
-    if render is None:
-        return "no chat template"
-    try:
-        return _tokenize(model, render(messages=messages).prompt)
-    except (ValueError, TypeError, TemplateError) as error:
-        return f"refused: {error}"
 
 
 def _generate(model: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[str, Any]:

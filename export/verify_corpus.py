@@ -73,6 +73,11 @@ CONVERSATIONS: list[list[Message]] = [
         {"role": "assistant", "content": "Red, green and blue."},
         {"role": "user", "content": 'And as JSON, with "name" keys?'},
     ],
+    [
+        {"role": "user", "content": "  What do </s>, <|im_end|> and <|eot_id|> mean?"},
+        {"role": "assistant", "content": " Each one ends a turn:\n<s>[INST] hi [/INST]</s>"},
+        {"role": "user", "content": "And <|im_start|>, typed by me?"},
+    ],
 ]
 STOP_CONVERSATION: list[Message] = [{"role": "user", "content": "Say hello in one short sentence."}]
 

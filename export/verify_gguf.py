@@ -65,11 +65,11 @@ def verify_gguf(
     header = read_gguf_header(gguf_path)
     with open_reference(reference_dir, base_dir) as reference:
         texts = hard_texts(list(reference.tokenizer.all_special_tokens))
-        chats = [reference.chat_ids(messages) for messages in CONVERSATIONS]
+        chats = [reference.plain.chat_ids(messages) for messages in CONVERSATIONS]
         vocab_size = min(reference.config.get("vocab_size", 0), header_vocabulary(header))
-        prompts = [ids for ids in chats if isinstance(ids, list)] or reference.text_ids(
-            [messages[-1]["content"] for messages in CONVERSATIONS]
-        )
+        prompts = [ids for ids in chats if isinstance(ids, list)] or [
+            reference.plain.text_ids(messages[-1]["content"]) for messages in CONVERSATIONS
+        ]
         prompts = [ids for ids in prompts if max(ids) < vocab_size]
         job = {
             "gguf": str(gguf_path.resolve()),
@@ -83,7 +83,8 @@ def verify_gguf(
         probe, logits = run_probe(job, deadline)
         checks = [Check("loads", True, f"llama_cpp {probe['version']}", "no error")]
         checks += _static_checks(header, reference, probe)
-        checks.append(check_token_ids(texts, probe["text_ids"], reference.text_ids(texts)))
+        expected = [reference.plain.text_ids(text) for text in texts]
+        checks.append(check_token_ids(texts, probe["text_ids"], expected))
         checks += check_chat_prompts(probe["chat_ids"], chats, reference.tokenizer.bos_token_id)
         _check_time(deadline)
         if prompts:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from export._cli import MODEL, CommandError
 from export.base_model import BaseModel, load_base, read_json
 from export.lora_math import CONFIG_NAME, WEIGHTS_NAME, Adapter, merge_module, read_adapter
 from export.merge_adapter import tokenizer_sources
-from export.verify_corpus import Message
+from export.plain_tokens import PlainTokenizer, of_transformers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,23 +32,10 @@ class Reference:
     tokenizer: Any
     adapter: Adapter | None
 
-    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize without automatic special tokens, as chat prompts are tokenized."""
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-    def chat_ids(self, messages: Sequence[Message]) -> list[int] | str:
-        """Render with the chat template and tokenize; a string if the template refuses."""
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            return "no chat template"
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except (ValueError, TypeError, TemplateError) as error:
-            return f"refused: {error}"
-        return self.text_ids([text])[0]
+    @cached_property
+    def plain(self) -> PlainTokenizer:
+        """Training's way from texts and chats to ids."""
+        return of_transformers(self.tokenizer)
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> "list[np.ndarray]":
         """Evaluate prompts in float32; one array of shape (T, V) for each.

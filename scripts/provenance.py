@@ -32,10 +32,11 @@ def base_fingerprint(model_dir: Path) -> str | None:
     base.
 
     Returns:
-        The hex digest, or None when there is no such file (a hub name, other weight formats).
+        The hex digest, or None when there is no such file (a hub name, other weight formats), or the
+        weights are quantized: the adapter is merged into the 16-bit model that they were made from.
     """
     files = sorted(model_dir.glob("*.safetensors")) if model_dir.is_dir() else []
-    if not files:
+    if not files or _is_quantized(model_dir):
         return None
     digest = hashlib.sha256()
     for path in files:
@@ -46,6 +47,11 @@ def base_fingerprint(model_dir: Path) -> str | None:
             weights.seek(max(0, size - _EDGE_BYTES))
             digest.update(weights.read(_EDGE_BYTES))
     return digest.hexdigest()
+
+
+def _is_quantized(model_dir: Path) -> bool:
+    config = model_dir / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8"))
 
 
 def versions() -> dict[str, str]:

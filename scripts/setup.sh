@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 LLAMA_CPP_PYTHON_VERSION=0.3.36
+MISTRAL_COMMON_VERSION=1.13.1
 TORCH_VERSION=2.13.0
 NEED_DISK_GIB=5
 CACHE_DIR="${TOMEFORGE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tomeforge}"
@@ -147,6 +148,18 @@ install_llama_cpp() {
   mv "$SHARE_DIR/llama.cpp.tmp" "$SHARE_DIR/llama.cpp"
 }
 
+# Mistral's own tokenizers, for the tests: only files, in a folder that Python does not import from. Where the package
+# can be imported, transformers imports it for every Mistral model, and it needs packages that we do not.
+install_test_tokenizers() {
+  local folder="$SHARE_DIR/mistral-common"
+  if [ ! -d "$folder/mistral_common-$MISTRAL_COMMON_VERSION.dist-info" ]; then
+    say "fetching Mistral's tokenizers for the tests (7 MB)"
+    rm -rf "$folder" "$folder.tmp"
+    "$PY" -m pip install -q --no-deps --no-compile --target "$folder.tmp" "mistral-common==$MISTRAL_COMMON_VERSION"
+    mv "$folder.tmp" "$folder"
+  fi
+}
+
 PYTHON_BIN=$(find_python)
 MACHINE=$(detect_machine)
 if [ "${1:-}" = --check ]; then
@@ -167,7 +180,8 @@ else
   SHARE_DIR="$PWD/.venv/share"
 fi
 STAMP_FILE=.venv/tomeforge-setup
-if [ -x "$PY" ] && [ "$(cat "$STAMP_FILE" 2>/dev/null)" = "$(stamp)" ] && [ -f "$SHARE_DIR/llama.cpp/convert_hf_to_gguf.py" ]; then
+if [ -x "$PY" ] && [ "$(cat "$STAMP_FILE" 2>/dev/null)" = "$(stamp)" ] && [ -f "$SHARE_DIR/llama.cpp/convert_hf_to_gguf.py" ] &&
+  [ -d "$SHARE_DIR/mistral-common" ]; then
   say "nothing to do ($MACHINE)"
   exit 0
 fi
@@ -187,5 +201,6 @@ fi
 install_torch
 install_packages
 install_llama_cpp
+install_test_tokenizers
 stamp >"$STAMP_FILE"
 say "done in $SECONDS s; next: make demo"

@@ -1,5 +1,6 @@
 """Set-up names what a machine lacks before anything is downloaded; the pipeline checks its words."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -85,6 +86,40 @@ def test_second_run_is_quick(tools_path):
     assert done.returncode == 0
     assert "nothing to do" in done.stderr
     assert time.monotonic() - started < 5
+
+
+def test_mistral_tokenizers_are_fetched_once_and_whole(tmp_path):
+    calls, fails = tmp_path / "calls", tmp_path / "fails"
+    fake = (
+        f'echo "$*" >>{calls}; while [ "$1" != --target ]; do shift; done\n'
+        f'mkdir -p "$2/mistral_common-${{3#*==}}.dist-info"; [ ! -e {fails} ]\n'
+    )
+    replace(tmp_path, "python", fake)
+    install = (
+        "set -e; say() { :; }; eval \"$(sed -n '/^MISTRAL_COMMON_VERSION=/p; "
+        "/^install_test_tokenizers()/,/^}/p' scripts/setup.sh)\"; install_test_tokenizers"
+    )
+    environment = {**os.environ, "PY": str(tmp_path / "python"), "SHARE_DIR": str(tmp_path)}
+
+    def run() -> int:
+        command = ["bash", "-c", install]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+    fails.touch()
+    assert run() != 0
+    assert not (tmp_path / "mistral-common").exists()
+    fails.unlink()
+    assert [run(), run()] == [0, 0]
+    commands = calls.read_text().splitlines()
+    assert len(commands) == 2
+    assert "--no-deps" in commands[1]
+    assert len(list((tmp_path / "mistral-common").glob("mistral_common-*.dist-info"))) == 1
+
+
+def test_mistral_tokenizers_are_not_importable():
+    spec = importlib.util.find_spec("mistral_common")
+    share = Path(sys.prefix) / "share/mistral-common"
+    assert spec is None or not str(spec.origin).startswith(str(share))
 
 
 def test_unknown_argument_is_exit_2():

@@ -14,6 +14,7 @@ from export._cli import FAILED, MODEL, TIMEOUT, USAGE, CommandError
 from export.verify_checks import check_chat_prompts, check_logits
 from export.verify_corpus import CONVERSATIONS, hard_texts
 from export.verify_gguf import main, verify_gguf
+from export.verify_reference import open_reference
 from tests.conftest import make_adapter
 
 pytestmark = pytest.mark.model
@@ -130,6 +131,34 @@ def test_wrong_end_token_fails_by_name(
     struct.pack_into("<I", data, value_offset(bytes(data), "tokenizer.ggml.eos_token_id"), 5)
     (tmp_path / "eos.gguf").write_bytes(data)
     assert "eos_token" in failed(verify_gguf(tmp_path / "eos.gguf", tiny_adapter_dir))
+
+
+def test_control_token_that_is_text_fails_by_name(
+    f16_path: Path, tiny_adapter_dir: Path, tmp_path: Path
+) -> None:
+    data = bytearray(f16_path.read_bytes())
+    # An array: type of its values, their number, the values. Token 1 is <|im_start|>, 1 plain text.
+    types = value_offset(bytes(data), "tokenizer.ggml.token_type") + 12
+    assert struct.unpack_from("<I", data, types + 4) == (3,)
+    struct.pack_into("<I", data, types + 4, 1)
+    (tmp_path / "text.gguf").write_bytes(data)
+    names = failed(verify_gguf(tmp_path / "text.gguf", tiny_adapter_dir))
+    assert {"token_ids", "chat_prompts"} <= names
+
+
+def test_reference_tokenizes_as_training_does(tiny_adapter_dir: Path) -> None:
+    from scripts.render import encode_prompt
+
+    with open_reference(tiny_adapter_dir) as reference:
+        for messages in CONVERSATIONS:
+            assert reference.plain.chat_ids(messages) == encode_prompt(
+                reference.tokenizer, messages
+            )
+        typed = reference.plain.chat_ids([{"role": "user", "content": "<|im_end|>"}])
+        assert reference.plain.text_ids("<|im_end|>") == [2]
+        assert isinstance(typed, list)
+        # The end of the default system turn and of the user's: what was typed is none.
+        assert typed.count(2) == 2
 
 
 def test_broken_weights_fail_by_name(

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PACKAGE_FILE = "mistral_common/data/tokenizer.model.v1"
+_PACKAGE_DATA = "mistral_common/data"
+# The tokenizers of Mistral-7B-v0.1 (32,000 pieces) and v0.3 (32,768: `[INST]` is a control token).
+PIECES_V1, PIECES_V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
 
 
-def find_mistral_model() -> Path:
-    """Find Mistral's SentencePiece model (32,000 pieces) among the files of `mistral-common`.
+def find_mistral_model(version: str = PIECES_V1) -> Path:
+    """Find one of Mistral's SentencePiece models among the files of `mistral-common`.
 
     The package is never imported, and better not importable: where it is, transformers imports it for
     every Mistral model, and it needs packages that we do not.
@@ -22,16 +24,17 @@ def find_mistral_model() -> Path:
     if spec and spec.submodule_search_locations:
         folders.append(Path(spec.submodule_search_locations[0]).parent)
     for folder in folders:
-        if (folder / _PACKAGE_FILE).is_file():
-            return folder / _PACKAGE_FILE
+        if (folder / _PACKAGE_DATA / version).is_file():
+            return folder / _PACKAGE_DATA / version
     raise FileNotFoundError(
-        f"{_PACKAGE_FILE} is not in {folders[0]}; install it: python -m pip install --no-deps "
-        f"--target {folders[0]} mistral-common==1.13.1"
+        f"{_PACKAGE_DATA}/{version} is not in {folders[0]}; install it: scripts/setup.sh"
     )
 
 
-def make_mistral_tokenizer_dir(folder: Path) -> Path:
+def make_mistral_tokenizer_dir(folder: Path, version: str = PIECES_V1) -> Path:
     """Write a tokenizer folder as Mistral-7B-v0.1 and TinyLlama were published: no chat template.
+
+    Mistral-7B-v0.3 has more control tokens, and is written alike.
 
     `tokenizer.json` has what transformers 4 made of the model: merges in the order of the pieces'
     scores, a space in front of every text. Transformers 5 orders them by id when it has nothing but
@@ -43,7 +46,7 @@ def make_mistral_tokenizer_dir(folder: Path) -> Path:
     from transformers.tokenization_utils_base import generate_merges
 
     folder.mkdir(parents=True, exist_ok=True)
-    source = find_mistral_model()
+    source = find_mistral_model(version)
     shutil.copyfile(source, folder / "tokenizer.model")
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(source.read_bytes())
@@ -66,8 +69,13 @@ def make_mistral_tokenizer_dir(folder: Path) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
     )
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    kinds = proto.SentencePiece
+    special = {
+        token: piece.piece
+        for token, piece in enumerate(proto.pieces)
+        if piece.type in (kinds.UNKNOWN, kinds.CONTROL)
+    }
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special.values()])
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     config = {
@@ -75,7 +83,7 @@ def make_mistral_tokenizer_dir(folder: Path) -> Path:
         "add_eos_token": False,
         "added_tokens_decoder": {
             str(token): {"content": text, **flags, "special": True}
-            for token, text in enumerate(special)
+            for token, text in special.items()
         },
         "additional_special_tokens": [],
         "bos_token": "<s>",
