@@ -147,9 +147,10 @@ def ensure_pad_token(tokenizer: Any) -> str:
     """Give the tokenizer a pad token from its own vocabulary, and return it.
 
     Padding is masked by position, so sharing an id with EOS would hide no end of an answer; a token
-    of its own is still easier to read. Adding one would grow the vocabulary and break the GGUF.
+    of its own is still easier to read, and other programs that train on the adapter's tokenizer may
+    mask by id. Adding one would grow the vocabulary and break the GGUF.
     """
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         names = control_tokens(tokenizer)
         reserved = sorted(name for name in names if "reserved" in name)
         choices = [name for name in _PAD_NAMES if name in names]
