@@ -184,6 +184,16 @@ def add_adapter(model: Any, recipe: TrainingRecipe) -> Any:
     """
     import torch
 
+    adapter: dict[str, Any] = {
+        "r": recipe.lora_r,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": recipe.lora_target_modules,
+        "bias": "none",
+        "use_rslora": recipe.use_rslora,
+    }
+    if recipe.use_dora:
+        adapter["use_dora"] = True
     if recipe.backend == "unsloth":
         if recipe.use_dora and torch.cuda.is_available():
             raise CommandError("use_dora: Unsloth's GPU kernels know no DoRA; set backend: peft")
@@ -191,15 +201,9 @@ def add_adapter(model: Any, recipe: TrainingRecipe) -> Any:
 
         return FastLanguageModel.get_peft_model(
             model,
-            r=recipe.lora_r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.lora_target_modules,
-            bias="none",
-            use_rslora=recipe.use_rslora,
+            **adapter,
             use_gradient_checkpointing="unsloth" if recipe.use_gradient_checkpointing else False,
             random_state=recipe.seed,
-            **({"use_dora": True} if recipe.use_dora else {}),
         )
     from peft import LoraConfig, get_peft_model
 
@@ -207,14 +211,4 @@ def add_adapter(model: Any, recipe: TrainingRecipe) -> Any:
     if recipe.use_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    config = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.lora_target_modules,
-        bias="none",
-        use_rslora=recipe.use_rslora,
-        use_dora=recipe.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    return get_peft_model(model, LoraConfig(**adapter, task_type="CAUSAL_LM"))
