@@ -3,12 +3,24 @@
 Each folder has its own copy, because folders do not import each other (see ARCHITECTURE.md).
 """
 
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OK, FAILED, USAGE, MODEL, CONTEXT, TOOL, TIMEOUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+
+_CHOOSE_FOLDER = "choose a folder that you may write to (--output-root, --checkpoint-dir)"
+_FREE_SPACE = "free some space and run the same command again"
+_DISK_ADVICE = {
+    errno.EACCES: _CHOOSE_FOLDER,
+    errno.EPERM: _CHOOSE_FOLDER,
+    errno.EROFS: _CHOOSE_FOLDER,
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+}
 
 
 class CommandError(Exception):
@@ -36,8 +48,14 @@ def log(message: str) -> None:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` and leave the process with the contract's exit code.
 
-    A closed pipe (``… | head -1``) is no error: the reader had enough.
+    A closed pipe (``… | head -1``) is no error: the reader had enough. SIGTERM ends a command as
+    Ctrl-C does, so that it cleans up.
     """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = main()
         sys.stdout.flush()
@@ -51,4 +69,10 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         # Python flushes stdout once more on exit; give it something that is open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
+    except OSError as error:
+        advice = _DISK_ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        print(f"error: {error}; {advice}", file=sys.stderr, flush=True)
+        code = FAILED
     sys.exit(code)

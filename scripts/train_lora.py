@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -133,6 +134,14 @@ def _check_devices(recipe: TrainingRecipe, devices: _Devices) -> None:
         raise CommandError(
             f"gradient_accumulation_steps {passes} cannot be shared by {devices.world} devices; set "
             f"it to a multiple of {devices.world}: it counts the passes of all devices together"
+        )
+
+
+def _check_tracker(recipe: TrainingRecipe) -> None:
+    name = recipe.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise CommandError(
+            f"report_to: {name} is not installed; pip install {name}, or set report_to: none"
         )
 
 
@@ -364,6 +373,7 @@ def train(recipe: TrainingRecipe) -> Path:
 
     devices = _Devices()
     _check_devices(recipe, devices)
+    _check_tracker(recipe)
     _prepare_on_main(recipe, devices)
     run_dir, wanted = recipe.run_dir, training_hash(recipe)
     former = read_provenance(run_dir).get("training", {})

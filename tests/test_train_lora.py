@@ -476,3 +476,11 @@ def test_training_and_export_agree_on_the_fingerprint(tiny_model_dir):
     from export.base_model import base_fingerprint as theirs
 
     assert theirs(tiny_model_dir) == base_fingerprint(tiny_model_dir)
+
+
+def test_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"run_name: r\noutput_root: {tmp_path}\nreport_to: wandb\n")
+    with pytest.raises(CommandError, match="wandb is not installed; pip install wandb"):
+        train_lora.main(["--config", str(recipe)])
+    assert capsys.readouterr().err == ""
