@@ -32,13 +32,13 @@ from scripts.make_tool_data import MIN_SENTENCES, Corpus, generate_conversations
 from scripts.read_rows import RawRow, check_unreadable, list_files, open_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
 
-DATA_FORMAT = 2
+DATA_FORMAT = 3
 SHOWN_BAD_LINES, KEPT_BAD_LINES = 10, 20
 # Reasons quote the data (a role's name), so a strange file could make millions of them.
 MAX_REASONS, OTHER_REASONS = 100, "other reasons"
 CLOSE_PROMPT = "prompt too close to a held-out row"
 MAX_CORPUS_ROWS = 5000
-MAX_EVAL_TOOL_ROWS, MIN_EVAL_TOOL_ROWS = 40, 4
+MAX_EVAL_TOOL_ROWS, MIN_EVAL_TOOL_ROWS = 12, 4
 _TRAIN, _EVAL, _EVAL_TOOLS, _REJECTED = (
     f"{name}.jsonl" for name in ("train", "eval", "eval_tools", "rejected")
 )

@@ -478,7 +478,10 @@ def test_training_and_export_agree_on_the_fingerprint(tiny_model_dir):
     assert theirs(tiny_model_dir) == base_fingerprint(tiny_model_dir)
 
 
-def test_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, capsys):
+def test_tracker_that_is_not_installed_is_named_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_lora.importlib.util, "find_spec", lambda name: None)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"run_name: r\noutput_root: {tmp_path}\nreport_to: wandb\n")
     with pytest.raises(CommandError, match="wandb is not installed; pip install wandb"):
