@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 # Waiting OpenMP threads sleep instead of spinning; must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may reach for a hub: what is not here is an error at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
