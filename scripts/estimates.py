@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.held_out import MAX_TOKENS
 from scripts.machine import Machine, choose_precision
 from scripts.model_shape import ModelShape
 from scripts.recipe import EMBEDDED_MODEL, TrainingRecipe
@@ -24,8 +25,7 @@ CUDA_HOST_BYTES = 3_000_000_000
 # together. Unsloth's CUDA kernel takes larger chunks.
 CPU_LOGITS, CUDA_LOGITS, LOGIT_BYTES = 1 << 24, 1 << 26, 3 * 4
 # Held-out loss keeps whole logits: 16-bit, the picked rows, fp32, log-softmax, also 12 bytes; a
-# forward pass takes so many tokens (scripts/held_out.py), or one longer row.
-HELD_OUT_TOKENS = 1024
+# forward pass takes MAX_TOKENS, or one longer row.
 # Layers' worth of tensors alive while one layer runs backward: recomputed activations, their
 # gradients, fp32 temporaries. Measured with checkpointing on a CPU; fused CUDA kernels need fewer.
 CPU_WORKING_LAYERS, CUDA_WORKING_LAYERS = 4, 2
@@ -154,7 +154,7 @@ def estimate_memory(
 
 def held_out_bytes(shape: ModelShape, recipe: TrainingRecipe) -> int:
     """Count the logits of one forward pass over held-out rows."""
-    return max(HELD_OUT_TOKENS, recipe.max_length) * shape.vocab * LOGIT_BYTES
+    return max(MAX_TOKENS, recipe.max_length) * shape.vocab * LOGIT_BYTES
 
 
 def offloaded_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:

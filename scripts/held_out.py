@@ -8,7 +8,7 @@ from typing import Any
 from scripts.render import IGNORED, EncodedConversation
 
 # Logits of one forward pass are the largest tensor of an evaluation; this many tokens bound them.
-_MAX_TOKENS = 1024
+MAX_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def _batches(rows: Sequence[EncodedConversation]) -> Iterator[list[EncodedConver
     """Group rows of similar length, as many as stay under the bound of padded tokens."""
     batch: list[EncodedConversation] = []
     for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        if batch and (len(batch) + 1) * len(row.input_ids) > _MAX_TOKENS:
+        if batch and (len(batch) + 1) * len(row.input_ids) > MAX_TOKENS:
             yield batch
             batch = []
         batch.append(row)
@@ -53,22 +53,20 @@ def summed_loss(model: Any, rows: Sequence[EncodedConversation]) -> tuple[float,
     """
     import torch
 
+    from scripts.padding_free import pad_right
+
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for batch in _batches(rows):
-            longest = max(len(row.input_ids) for row in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-            for at, row in enumerate(batch):
-                size = len(row.input_ids)
-                ids[at, :size] = torch.tensor(row.input_ids)
-                labels[at, :size] = torch.tensor(row.labels)
-                mask[at, :size] = 1
+            padded = pad_right(
+                [{"input_ids": row.input_ids, "labels": row.labels} for row in batch], pad_id=0
+            )
+            labels = padded["labels"]
             logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=padded["input_ids"].to(model.device),
+                attention_mask=padded["attention_mask"].to(model.device),
                 use_cache=False,
             ).logits
             targets = labels[:, 1:].to(logits.device)

@@ -1,6 +1,7 @@
 """A run's `metrics.jsonl`: what was logged, as numbers and as a picture."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ def read_metrics(metrics_path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def trained_tokens(rows: Sequence[dict[str, Any]]) -> int:
+    """Give the real tokens trained on so far."""
+    return max((row["tokens"] for row in rows if "tokens" in row), default=0)
 
 
 def plot_loss(metrics_path: Path, image_path: Path) -> None:

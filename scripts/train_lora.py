@@ -30,7 +30,7 @@ import yaml
 from scripts import prepare_data
 from scripts._cli import FAILED, OK, CommandError, log, run_command
 from scripts.checkpoints import adopt, is_finished, mark_finished, newest_whole, step_of
-from scripts.metrics import plot_loss, read_metrics, restart_metrics
+from scripts.metrics import plot_loss, read_metrics, restart_metrics, trained_tokens
 from scripts.plan_run import Preflight, probe_speed
 from scripts.preflight_report import Report
 from scripts.prepare_data import load_rows
@@ -67,7 +67,7 @@ def checkpoint_folder(recipe: TrainingRecipe, wanted: str) -> Path:
 
 
 def _explain_fresh_start(recipe: TrainingRecipe, folder: Path) -> None:
-    """Say which keys changed since another, unfinished training of this run."""
+    """Say which keys changed since another training of this run whose checkpoints are kept."""
     for other in sorted(folder.parent.glob("*/recipe.yaml")):
         if other.parent == folder or not any(other.parent.glob("checkpoint-*")):
             continue
@@ -297,9 +297,7 @@ def _train_loaded(
             _explain_fresh_start(recipe, folder)
         write_atomically(folder / "recipe.yaml", recipe.to_yaml())
         restart_metrics(metrics_path, step)
-        trainer.real_tokens_before = max(
-            (row["tokens"] for row in read_metrics(metrics_path) if "tokens" in row), default=0
-        )
+        trainer.real_tokens_before = trained_tokens(read_metrics(metrics_path))
     devices.wait()
     started = time.monotonic()
     if checkpoint and is_finished(checkpoint):
@@ -320,7 +318,7 @@ def _train_loaded(
     losses = [row["loss"] for row in logged if row.get("loss") is not None]
     return {
         "loss": round(sum(losses) / max(1, len(losses)), 4),
-        "tokens": max((row["tokens"] for row in logged if "tokens" in row), default=0),
+        "tokens": trained_tokens(logged),
         "seconds": round(seconds, 1),
         "batching": loaded.batching,
         "devices": devices.world,

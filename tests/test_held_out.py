@@ -73,7 +73,7 @@ def test_loss_is_that_of_single_rows_by_token(model, rows):
 def test_order_and_company_of_a_row_do_not_matter(model, rows, monkeypatch):
     total, tokens = summed_loss(model, rows)
     assert summed_loss(model, rows[::-1]) == (pytest.approx(total, abs=1e-3), tokens)
-    monkeypatch.setattr(held_out, "_MAX_TOKENS", 1)  # every row by itself
+    monkeypatch.setattr(held_out, "MAX_TOKENS", 1)  # every row by itself
     assert summed_loss(model, rows) == (pytest.approx(total, abs=1e-3), tokens)
 
 
@@ -96,7 +96,7 @@ def test_batches_hold_every_row_and_keep_the_bound(rows):
     assert sorted(id(row) for batch in batches for row in batch) == sorted(id(row) for row in rows)
     sizes = [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
     assert all(
-        size <= held_out._MAX_TOKENS or len(batch) == 1
+        size <= held_out.MAX_TOKENS or len(batch) == 1
         for size, batch in zip(sizes, batches, strict=True)
     )
     assert len(batches) < len(rows)
