@@ -6,7 +6,6 @@ In: the base's name or folder, an adapter. Out: a `BaseModel`: folder, tensor in
 import hashlib
 import json
 import re
-import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,34 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from export._cli import MODEL, CommandError, log
-from export.lora_math import Adapter
+from export.adapter_files import Adapter
+from export.safetensors_file import TensorInfo, read_header
 
 _HEAD_BYTES = 1 << 20
 _BNB_SUFFIX = re.compile(r"(-unsloth)?-bnb-4bit$")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
-_FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
 _BIT_TYPES = {"U8", "I8", "F8_E4M3", "F8_E5M2"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: shard, safetensors type, shape, and its bytes within the data."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def num_weights(self) -> int:
-        """Count the elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
 
 
 @dataclass(frozen=True)
@@ -75,7 +55,7 @@ def base_fingerprint(model_dir: Path) -> str:
 
 
 def load_base(adapter: Adapter, override: Path | None = None) -> BaseModel:
-    """Resolve the base of an adapter and check that the adapter was trained on it.
+    """Resolve the base of an adapter, and compare it with what training recorded.
 
     Raises:
         CommandError: Exit 3: the base is missing, quantized, damaged, or another one.
@@ -88,8 +68,7 @@ def load_base(adapter: Adapter, override: Path | None = None) -> BaseModel:
     base = BaseModel(
         model_dir, _public_name(model_dir, name), config, tensors, base_fingerprint(model_dir)
     )
-    check_adapter_fits(adapter, base)
-    _check_provenance(adapter, base)
+    check_provenance(adapter, base)
     return base
 
 
@@ -178,52 +157,8 @@ def read_tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        tensors.update(_read_shard_header(model_dir, shard))
+        tensors.update(read_header(model_dir / shard))
     return tensors
-
-
-def _read_shard_header(model_dir: Path, shard: str) -> dict[str, TensorInfo]:
-    path = model_dir / shard
-    data_bytes = path.stat().st_size - 8 - header_length(path)
-    with path.open("rb") as file:
-        file.seek(8)
-        try:
-            header = json.loads(file.read(header_length(path)))
-            header.pop("__metadata__", None)
-            found = {
-                name: TensorInfo(shard, item["dtype"], tuple(item["shape"]), *item["data_offsets"])
-                for name, item in header.items()
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise CommandError(
-                f"'{path}' is no valid safetensors file; copy it again", MODEL
-            ) from error
-    end = max((info.end for info in found.values()), default=0)
-    if end != data_bytes:
-        raise CommandError(
-            f"'{path}' holds {data_bytes} bytes of weights, its header says {end}: "
-            "incomplete; copy it again",
-            MODEL,
-        )
-    return dict(sorted(found.items(), key=lambda item: item[1].begin))
-
-
-def header_length(path: Path) -> int:
-    """Give the length of a safetensors header; weights begin 8 bytes after it.
-
-    Raises:
-        CommandError: Exit 3: the file is too short to be one.
-    """
-    with path.open("rb") as file:
-        head = file.read(8)
-    length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-    if not 0 < length <= path.stat().st_size - 8:
-        raise _damaged(path)
-    return int(length)
-
-
-def _damaged(path: Path) -> CommandError:
-    return CommandError(f"'{path}' is no valid safetensors file; copy it again", MODEL)
 
 
 def _refuse_quantized(
@@ -240,38 +175,18 @@ def _refuse_quantized(
         )
 
 
-def check_adapter_fits(adapter: Adapter, base: BaseModel) -> None:
-    """Check that each adapted module is in the base, in the adapter's shape.
-
-    Raises:
-        CommandError: Exit 3, naming the first module that does not fit.
-    """
-    for name, module in adapter.modules.items():
-        info = base.tensors.get(name)
-        if info is None:
-            tied = name == "lm_head.weight" and base.config.get("tie_word_embeddings")
-            reason = (
-                "shares its lm_head with the embedding; train without lm_head"
-                if tied
-                else f"has no tensor '{name}'; name the one it was trained on: --base DIR"
-            )
-            raise CommandError(f"adapter for another base: '{base.path}' {reason}", MODEL)
-        if info.shape != module.shape or info.dtype not in _FLOAT_TYPES:
-            raise CommandError(
-                f"adapter for another base: '{name}' is {info.dtype} {info.shape} in "
-                f"'{base.path}', expected {module.shape}; name the one it was trained on: "
-                "--base DIR",
-                MODEL,
-            )
-
-
 def read_provenance(adapter_dir: Path) -> dict[str, Any]:
     """Read the run's `provenance.json` beside the adapter folder; empty if there is none."""
     path = adapter_dir.resolve().parent / "provenance.json"
     return read_json(path) if path.is_file() else {}
 
 
-def _check_provenance(adapter: Adapter, base: BaseModel) -> None:
+def check_provenance(adapter: Adapter, base: BaseModel) -> None:
+    """Compare the base with what training recorded about its own.
+
+    Raises:
+        CommandError: Exit 3: another base.
+    """
     trained_on = read_provenance(adapter.path).get("base_model")
     expected = trained_on.get("fingerprint") if isinstance(trained_on, dict) else None
     if expected is not None and expected != base.fingerprint:
