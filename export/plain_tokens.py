@@ -53,8 +53,13 @@ class PlainTokenizer:
         text = text.replace(mark, "") if mark else text
         return self._tokenize(text) if text else []
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int] | str:
-        """Render messages up to the assistant's turn and tokenize; a string if that is refused."""
+    def chat_ids(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int] | str:
+        """Render messages up to the assistant's turn and tokenize; a string if that is refused.
+
+        Without `add_generation_prompt` the messages are a whole conversation, as a training row is.
+        """
         from jinja2 import TemplateError
 
         if not self._template:
@@ -68,7 +73,9 @@ class PlainTokenizer:
         ]
         try:
             text = _environment().from_string(self._template)
-            rendered = text.render(messages=broken, add_generation_prompt=True, **self._tokens)
+            rendered = text.render(
+                messages=broken, add_generation_prompt=add_generation_prompt, **self._tokens
+            )
         except (TemplateError, ValueError, TypeError, OverflowError) as error:
             return f"refused: {error}"
         return self.text_ids(rendered, mark)
