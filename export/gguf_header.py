@@ -30,18 +30,40 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _KEEP_LONGEST = 64
-# The types that llama.cpp's mixtures consist of; any other matrix type is a fallback.
-_MEANT = {
+# The types that llama.cpp's mixtures consist of; any other matrix type is a fallback. From
+# llama_ftype_get_default_type and llama_tensor_get_type_impl (src/llama-quant.cpp), with and without
+# imatrix, tied embeddings or not; mixtures of experts and Falcon are left out.
+MEANT_TYPES = {
+    "F32": {"F32"},
     "F16": {"F16"},
     "BF16": {"BF16"},
-    "F32": {"F32"},
     "Q8_0": {"Q8_0"},
     "Q6_K": {"Q6_K"},
     "Q5_K_M": {"Q5_K", "Q6_K"},
     "Q5_K_S": {"Q5_K", "Q6_K"},
-    "Q4_K_M": {"Q4_K", "Q6_K", "Q5_K"},
-    "Q4_K_S": {"Q4_K", "Q6_K", "Q5_K"},
+    "Q5_1": {"Q5_1", "Q6_K"},
+    "Q5_0": {"Q5_0", "Q5_1", "Q6_K"},
+    "Q4_K_M": {"Q4_K", "Q5_K", "Q6_K"},
+    "Q4_K_S": {"Q4_K", "Q5_K", "Q6_K"},
+    "Q4_1": {"Q4_1", "Q6_K"},
     "Q4_0": {"Q4_0", "Q4_1", "Q6_K"},
+    "IQ4_NL": {"IQ4_NL", "Q5_K", "Q6_K"},
+    "IQ4_XS": {"IQ4_XS", "Q5_K", "Q6_K"},
+    "Q3_K_L": {"Q3_K", "Q4_K", "Q5_K", "Q6_K"},
+    "Q3_K_M": {"Q3_K", "Q4_K", "Q5_K", "Q6_K"},
+    "Q3_K_S": {"Q3_K", "Q6_K"},
+    "IQ3_M": {"IQ3_S", "Q4_K", "Q6_K"},
+    "IQ3_S": {"IQ3_S", "Q4_K", "Q6_K"},
+    "IQ3_XS": {"IQ3_S", "IQ3_XXS", "Q4_K", "Q6_K"},
+    "IQ3_XXS": {"IQ3_XXS", "IQ3_S", "IQ2_S", "Q3_K", "Q4_K", "Q5_K"},
+    "Q2_K": {"Q2_K", "Q3_K", "Q4_K", "Q6_K"},
+    "Q2_K_S": {"Q2_K", "Q4_K", "Q6_K"},
+    "IQ2_M": {"IQ2_S", "IQ3_S", "Q4_K", "Q5_K"},
+    "IQ2_S": {"IQ2_XS", "IQ3_S", "Q4_K", "Q5_K"},
+    "IQ2_XS": {"IQ2_XS", "Q2_K", "Q4_K", "Q5_K"},
+    "IQ2_XXS": {"IQ2_XXS", "Q2_K", "Q4_K", "Q5_K"},
+    "IQ1_M": {"IQ1_M", "IQ2_XXS", "Q2_K", "Q4_K", "Q5_K"},
+    "IQ1_S": {"IQ1_S", "IQ2_XXS", "Q2_K", "Q4_K", "Q5_K"},
 }
 
 
@@ -85,7 +107,7 @@ class GgufHeader:
     @property
     def fallbacks(self) -> Mapping[str, int]:
         """Matrices whose type is none of those the named type consists of, counted by type."""
-        meant = _MEANT.get(self.type_name)
+        meant = MEANT_TYPES.get(self.type_name)
         matrices = [tensor.type_name for tensor in self.tensors if len(tensor.shape) > 1]
         return Counter(kind for kind in matrices if meant is not None and kind not in meant)
 
@@ -93,6 +115,20 @@ class GgufHeader:
     def num_matrices(self) -> int:
         """Count the tensors that quantization is about."""
         return sum(len(tensor.shape) > 1 for tensor in self.tensors)
+
+    def describe(self) -> str:
+        """Say in one line what the file really is."""
+        line = (
+            f"{self.path.name}: {self.file_bytes / 1e6:.1f} MB, "
+            f"{self.bits_per_weight:.2f} bits per weight"
+        )
+        if self.fallbacks:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.fallbacks.items()))
+            line += (
+                f"; {sum(self.fallbacks.values())} of {self.num_matrices} matrices fell back to "
+                f"another type ({kinds}): their rows are no multiples of 256"
+            )
+        return line
 
     @property
     def has_full_blocks(self) -> bool:

@@ -3,123 +3,181 @@
 A damaged file, or a tokenizer that does not fit, makes llama.cpp abort its whole process: better
 this one than the one that asks.
 
-In: a job file (JSON). Out: `result.json` and `logits.npz` in the job's folder; `phase.txt` says how
-far it came.
-
-Run: python -m export.llama_probe JOB.json (by export.verify_gguf)
+Run: python -m export.llama_probe, requests on stdin (by export.verify_gguf)
 """
 
 import argparse
-import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from export._cli import MODEL, OK, CommandError, run_command
-from export.plain_tokens import of_llama_cpp
+from export._cli import MODEL, CommandError, run_command
+from export.plain_tokens import PlainTokenizer, of_llama_cpp
+from export.verify_children import serve, tell
+from export.verify_divergence import Positions, ReferenceLogits
 
-
-def probe(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load a GGUF, tokenize, render, evaluate, generate; logits go to `logits.npz`.
-
-    Args:
-        job: `gguf`, `texts`, `conversations`, `prompts` (token ids to evaluate),
-            `stop_conversation`, `max_new_tokens`, `n_threads`.
-        folder: Where to write.
-
-    Raises:
-        CommandError: Exit 3: llama.cpp does not load the file.
-    """
-    import llama_cpp
+if TYPE_CHECKING:
     import numpy as np
 
-    def enter(phase: str) -> None:
-        (folder / "phase.txt").write_text(phase, encoding="utf-8")
-
-    enter("loading")
-    longest = max([len(ids) for ids in job["prompts"]] + [256])
-    try:
-        model = llama_cpp.Llama(
-            job["gguf"],
-            n_ctx=longest + job["max_new_tokens"],
-            logits_all=True,
-            verbose=False,
-            n_threads=job["n_threads"] or None,
-            n_threads_batch=job["n_threads"] or None,
-        )
-    except ValueError as error:
-        raise CommandError(f"llama.cpp cannot load the file: {error}", MODEL) from error
-    result: dict[str, Any] = {
-        "n_vocab": model.n_vocab(),
-        "bos_id": model.token_bos(),
-        "eos_id": model.token_eos(),
-        "eos_stops": _is_end(model, model.token_eos()),
-        "version": llama_cpp.__version__,
-    }
-
-    enter("tokenizing")
-    plain = of_llama_cpp(model)
-    result["text_ids"] = [plain.text_ids(text) for text in job["texts"]]
-
-    enter("rendering the chat template")
-    result["chat_ids"] = [plain.chat_ids(chat) for chat in job["conversations"]]
-
-    enter("evaluating")
-    logits = []
-    for ids in job["prompts"]:
-        model.reset()
-        model.eval(ids)
-        logits.append(model.scores[: len(ids)].copy())
-    np.savez(folder / "logits.npz", *logits)
-
-    enter("generating")
-    prompt = plain.chat_ids(job["stop_conversation"])
-    result["stop"] = _generate(model, prompt, job["max_new_tokens"])
-    enter("done")
-    return result
+# Tokens evaluated at once: their logits, (128, V) in float32, are 25 MB for 49,152 tokens.
+_BATCH = 128
+# Positions compared at once, few enough for the processor's cache.
+_PIECE = 8
 
 
-def _is_end(model: Any, token: int) -> bool:
-    import llama_cpp
+class Probe:
+    """One loaded GGUF. Every method is a request; arguments and replies are JSON."""
 
-    vocab = llama_cpp.llama_model_get_vocab(model.model)
-    return token >= 0 and bool(llama_cpp.llama_vocab_is_eog(vocab, token))
+    def __init__(self) -> None:
+        self._model: Any = None
 
+    @cached_property
+    def _plain(self) -> PlainTokenizer:
+        return of_llama_cpp(self._model)
 
-def _generate(model: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"stopped": False, "tokens": 0, "text": prompt}
-    tokens: list[int] = []
-    stopped = False
-    model.reset()
-    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if _is_end(model, token):
-            stopped = True
-            break
-        tokens.append(token)
-        if len(tokens) >= max_new_tokens:
-            break
-    text = model.detokenize(tokens).decode("utf-8", errors="replace")
-    return {"stopped": stopped, "tokens": len(tokens), "text": text[:200]}
+    def load(self, gguf: str, n_ctx: int, n_threads: int) -> dict[str, Any]:
+        """Load the file.
+
+        Raises:
+            CommandError: Exit 3: llama.cpp refuses it.
+        """
+        import llama_cpp
+
+        tell("loading")
+        try:
+            self._model = llama_cpp.Llama(
+                gguf,
+                n_ctx=n_ctx,
+                n_batch=_BATCH,
+                verbose=False,
+                n_threads=n_threads or None,
+                n_threads_batch=n_threads or None,
+            )
+        except ValueError as error:
+            raise CommandError(
+                f"'{gguf}' is unusable: llama.cpp cannot load the file: {error}", MODEL
+            ) from error
+        vocab = llama_cpp.llama_model_get_vocab(self._model.model)
+        ends = [
+            token
+            for token in range(self._model.n_vocab())
+            if llama_cpp.llama_vocab_is_eog(vocab, token)
+        ]
+        return {
+            "version": llama_cpp.__version__,
+            "n_vocab": self._model.n_vocab(),
+            "bos_id": self._model.token_bos(),
+            "eos_id": self._model.token_eos(),
+            "end_ids": ends,
+        }
+
+    def tokenize(self, texts: list[str], conversations: list[Any]) -> dict[str, Any]:
+        """Tokenize texts, render and tokenize conversations, as chat does."""
+        tell("tokenizing")
+        plain = self._plain
+        text_ids = [plain.text_ids(text) for text in texts]
+        tell("rendering the chat template")
+        return {"text_ids": text_ids, "chat_ids": [plain.chat_ids(chat) for chat in conversations]}
+
+    def compare(self, folder: str) -> dict[str, list[Any]]:
+        """Evaluate the reference's rows and compare each position.
+
+        Rows with a token that the file does not know are left out: llama.cpp would abort.
+        """
+        tell("evaluating")
+        reference = ReferenceLogits.open(Path(folder))
+        found = Positions.empty()
+        width = min(reference.vocab_size, self._model.n_vocab())
+        first = 0
+        for row in reference.rows:
+            if max(row.ids) < self._model.n_vocab():
+                for start, logits in self._logits(row.ids):
+                    for at in range(0, len(logits), _PIECE):
+                        part = logits[at : at + _PIECE]
+                        expected = reference.log_probs(first + start + at, len(part))
+                        found.add(row, start + at, expected, part, width)
+            first += len(row.ids)
+        return asdict(found)
+
+    def _logits(self, ids: Sequence[int]) -> "Iterator[tuple[int, np.ndarray]]":
+        """Evaluate a row in portions; each array, (n, V), is valid until the next one."""
+        import llama_cpp
+        import numpy as np
+
+        context = self._model.ctx
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        try:
+            for start in range(0, len(ids), _BATCH):
+                part = ids[start : start + _BATCH]
+                batch.n_tokens = len(part)
+                for at, token in enumerate(part):
+                    batch.token[at], batch.pos[at] = token, start + at
+                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+                    batch.logits[at] = True
+                code = llama_cpp.llama_decode(context, batch)
+                if code != 0:
+                    raise CommandError(
+                        f"llama.cpp cannot evaluate {len(ids)} tokens (llama_decode: {code})", MODEL
+                    )
+                pointer = llama_cpp.llama_get_logits(context)
+                shape = (len(part), self._model.n_vocab())
+                yield start, np.ctypeslib.as_array(pointer, shape=shape)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def generate(self, messages: list[Any], max_new_tokens: int) -> dict[str, Any]:
+        """Answer greedily; `ids` are the prompt and the answer, `start` the answer's place."""
+        import llama_cpp
+
+        tell("generating")
+        prompt = self._plain.chat_ids(messages)
+        if isinstance(prompt, str):
+            return {"stopped": False, "tokens": 0, "text": prompt, "ids": [], "start": 0}
+        vocab = llama_cpp.llama_model_get_vocab(self._model.model)
+        tokens: list[int] = []
+        stopped = False
+        self._model.reset()
+        for token in self._model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            if llama_cpp.llama_vocab_is_eog(vocab, token):
+                stopped = True
+                break
+            tokens.append(token)
+            if len(tokens) >= max_new_tokens:
+                break
+        text = self._model.detokenize(tokens).decode("utf-8", errors="replace")
+        return {
+            "stopped": stopped,
+            "tokens": len(tokens),
+            "text": text[:200],
+            "ids": [*prompt, *tokens],
+            "start": len(prompt),
+        }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
+    return argparse.ArgumentParser(
         prog="python -m export.llama_probe",
-        description="Child process of export.verify_gguf: runs one job on one GGUF.",
+        description="Child process of export.verify_gguf: answers requests (JSON lines on stdin) "
+        "about one GGUF.",
     )
-    parser.add_argument("job", type=Path, help="job file (JSON); results are written beside it")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one job; exit codes: 0 done, 3 the file does not load."""
-    args = build_parser().parse_args(argv)
-    job = json.loads(args.job.read_text(encoding="utf-8"))
-    folder = args.job.parent
-    result = probe(job, folder)
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return OK
+    """Answer requests until stdin closes."""
+    build_parser().parse_args(argv)
+    probe = Probe()
+    return serve(
+        {
+            "load": probe.load,
+            "tokenize": probe.tokenize,
+            "compare": probe.compare,
+            "generate": probe.generate,
+        }
+    )
 
 
 if __name__ == "__main__":

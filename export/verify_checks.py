@@ -3,33 +3,30 @@
 Every function gives findings; which exit code follows is decided in export.verify_gguf.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.gguf_header import GgufHeader
+from export.verify_divergence import KlSummary
+from export.verify_limits import kl_limit
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# Mean KL divergence (nats per token) that a type may cost: where rows are multiples of 256, and
-# where they are not; those are small models, which rounding hurts more. Measured with these prompts
-# on SmolLM2-135M (rows of 576): F16 7e-6, Q8_0 0.008, Q6_K 0.024, Q4_K_M 0.09, Q4_0 0.55.
-KL_LIMITS = {
-    "F32": (1e-3, 1e-3),
-    "F16": (1e-3, 1e-3),
-    "BF16": (5e-3, 5e-3),
-    "Q8_0": (5e-3, 0.02),
-    "Q6_K": (0.01, 0.05),
-    "Q5_K_M": (0.02, 0.1),
-    "Q5_K_S": (0.03, 0.12),
-    "Q4_K_M": (0.05, 0.15),
-    "Q4_K_S": (0.08, 0.2),
-    "Q4_0": (0.15, 0.25),
-}
-_OTHER_LIMITS = (0.5, 0.5)
-# Two tokens this close (in nats) in the reference are a tie: rounding may choose either.
-TIE = 0.02
+# What a certificate should tell a reader; see the GGUF standard (ggml/docs/gguf.md).
+_RECOMMENDED = (
+    "general.name",
+    "general.size_label",
+    "general.license",
+    "general.base_model.0.name",
+    "general.dataset.0.name",
+    "general.file_type",
+    "general.quantization_version",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.chat_template",
+)
+# Nothing runs without these.
+_REQUIRED = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens")
 _METADATA_OF_CONFIG = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -77,16 +74,15 @@ def check_architecture(header: GgufHeader, config: Mapping[str, Any]) -> Check:
 
 def check_vocabulary(n_vocab: int, config: Mapping[str, Any]) -> Check:
     """Compare the number of tokens with the rows of the embedding."""
-    expected = config.get("vocab_size")
+    expected = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return Check("vocabulary", n_vocab == expected, n_vocab, expected)
 
 
-def check_eos(probe: Mapping[str, Any], eos_id: int | None) -> Check:
+def check_eos(loaded: Mapping[str, Any], eos_id: int | None, end_ids: Collection[int]) -> Check:
     """Check that the reference's end token is the file's, and that llama.cpp stops at it."""
-    value = {"id": probe["eos_id"], "stops": probe["eos_stops"]}
-    return Check(
-        "eos_token", probe["eos_id"] == eos_id and probe["eos_stops"], value, {"id": eos_id}
-    )
+    stops = loaded["eos_id"] in end_ids
+    value = {"id": loaded["eos_id"], "stops": stops}
+    return Check("eos_token", loaded["eos_id"] == eos_id and stops, value, {"id": eos_id})
 
 
 def check_chat_template(header: GgufHeader, template: Any) -> Check:
@@ -156,56 +152,104 @@ def _count_leading(ids: list[int] | str, token: int | None) -> int:
     return count
 
 
-def check_logits(
-    header: GgufHeader, ours: "Sequence[np.ndarray]", theirs: "Sequence[np.ndarray]"
-) -> list[Check]:
-    """Compare next-token distributions over all positions of the prompts.
-
-    Args:
-        header: Its type decides the limits.
-        ours: The file's logits, one array (T, V) per prompt.
-        theirs: The reference's, of the same shapes.
-    """
-    import numpy as np
-
-    kl: list[float] = []
-    same: list[bool] = []
-    gaps: list[float] = []
-    for got, expected in zip(ours, theirs, strict=True):
-        width = min(got.shape[1], expected.shape[1])
-        q, p = _log_softmax(got[:, :width]), _log_softmax(expected[:, :width])
-        kl.extend((np.exp(p) * (p - q)).sum(axis=1).tolist())
-        best = q.argmax(axis=1)
-        same.extend((best == p.argmax(axis=1)).tolist())
-        gaps.append(float(p[-1].max() - p[-1, best[-1]]))
-    limit = KL_LIMITS.get(header.type_name, _OTHER_LIMITS)[0 if header.has_full_blocks else 1]
-    exact = header.type_name in ("F16", "F32", "BF16")
-    mean = float(np.mean(kl))
-    equal = sum(gap <= TIE for gap in gaps)
-    share = round(sum(same) / len(same), 4)
+def check_divergence(header: GgufHeader, summary: KlSummary) -> list[Check]:
+    """Judge the distance from the reference; the file's type decides the limits."""
+    limit = kl_limit(header)
     # NaN compares false, so a broken file cannot pass.
+    quantiles = {
+        "median": _round(summary.median),
+        "p99": _round(summary.p99),
+        "p999": _round(summary.p999),
+        "max": _round(summary.max),
+        "mean_error": _round(summary.error),
+    }
+    is_finite = all(map(math.isfinite, (summary.median, summary.p99, summary.p999, summary.max)))
+    top = {
+        "share": _round(summary.same_top),
+        "error": _round(summary.same_top_error),
+        "positions": summary.positions,
+    }
+    exact = header.type_name in ("F16", "F32", "BF16")
+    equal = {"equal": summary.speaks_equal, "prompts": summary.speaks}
     return [
-        Check("mean_kl", mean <= limit, _round(mean), limit),
-        Check("max_kl", bool(np.isfinite(kl).all()), _round(max(kl)), "finite"),
-        Check("same_top_token", True, {"share": share, "positions": len(same)}),
+        Check("mean_kl", summary.mean <= limit, _round(summary.mean), limit),
+        Check("kl_quantiles", is_finite, quantiles, "finite"),
+        Check("same_top_token", True, top),
+        _check_perplexity(summary, limit),
         Check(
             "next_token",
-            equal == len(gaps) or not exact,
-            {"equal": equal, "prompts": len(gaps)},
-            len(gaps) if exact else None,
+            summary.speaks_equal == summary.speaks or not exact,
+            equal,
+            summary.speaks if exact else None,
         ),
     ]
 
 
-def _round(value: float) -> float | None:
-    import math
+def _check_perplexity(summary: KlSummary, limit: float) -> Check:
+    """Judge the ratio of perplexities.
 
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    On text that the reference itself might have written, ln PPL(Q)/PPL(ref) is the mean KL
+    divergence; so the ratio's limit is exp(KL limit): 1.001 for F16. Answers of a held-out row are
+    other text, and few: a ratio fails only where it is above by more than twice its uncertainty.
+    """
+    most = math.exp(limit)
+    value = {
+        "ratio": _round(summary.ratio, 6),
+        "error": _round(summary.ratio_error),
+        "reference": _round(summary.perplexity_reference),
+        "gguf": _round(summary.perplexity_gguf),
+        "tokens": summary.tokens,
+        "over": summary.over,
+    }
+    passed = summary.ratio - 2 * summary.ratio_error <= most
+    return Check("perplexity_ratio", passed, value, _round(most))
 
 
-def _log_softmax(logits: "np.ndarray") -> "np.ndarray":
-    import numpy as np
+def check_stops(
+    answer: Mapping[str, Any],
+    answer_end: int | None,
+    end_ids: Collection[int],
+    reference_end: int | None,
+    max_new_tokens: int,
+) -> Check:
+    """Check that answers end.
 
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
+    Two things make them endless: the token that the template writes behind an answer is none that
+    llama.cpp stops at, or the model does not choose it. The first is seen from the vocabulary. For
+    the second the file answers a short question greedily; if it does not end, the reference reads
+    the same answer, in one pass (it need not generate). Where it would have ended it, the file is
+    at fault; else the model is one that does not end by itself (barely trained, say), which is
+    told and passes.
+
+    Args:
+        answer: `export.llama_probe.Probe.generate`.
+        answer_end: The token that the template writes behind an answer, None if it writes none.
+        end_ids: The tokens at which llama.cpp stops.
+        reference_end: Where the reference would have ended the file's answer, None if nowhere.
+        max_new_tokens: How long the answer could become.
+    """
+    is_end = None if answer_end is None else answer_end in end_ids
+    value = {
+        "stopped": answer["stopped"],
+        "tokens": answer["tokens"],
+        "end_token": answer_end,
+        "is_end": is_end,
+        "reference_stops_at": reference_end,
+        "text": answer["text"],
+    }
+    passed = is_end is not False and (answer["stopped"] or reference_end is None)
+    is_note = passed and not answer["stopped"]
+    threshold = None if is_note else {"stopped": True, "tokens": max_new_tokens, "is_end": True}
+    return Check("stops", passed, value, threshold)
+
+
+def check_metadata(header: GgufHeader) -> Check:
+    """List the keys that are missing; only a file that cannot work without one fails."""
+    needed = [*_REQUIRED, f"{header.metadata.get('general.architecture')}.context_length"]
+    absent = [key for key in needed if key not in header.metadata]
+    missing = [key for key in _RECOMMENDED if key not in header.metadata]
+    return Check("metadata", not absent, absent + missing, needed if absent else None)
+
+
+def _round(value: float, digits: int = 4) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
