@@ -22,17 +22,27 @@ def run_checked(command: list[str], what: str, cwd: Path | None = None) -> str:
     done = subprocess.run(
         command,
         cwd=cwd,
-        env={**QUIET_THREADS, **os.environ},
+        env=child_environment(),
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
     )
     if done.returncode != 0:
-        tail = (done.stderr or done.stdout).strip().splitlines()[-_NUM_ERROR_LINES:]
         raise CommandError(
             f"{what} failed with exit code {done.returncode}: {shlex.join(command)} — "
-            + " | ".join(line.strip() for line in tail if line.strip()),
+            + last_words(done.stderr or done.stdout),
             FAILED,
         )
     return done.stderr
+
+
+def child_environment() -> dict[str, str]:
+    """Give a child our environment, and quiet threads unless the user chose otherwise."""
+    return {**QUIET_THREADS, **os.environ}
+
+
+def last_words(text: str) -> str:
+    """Put the last lines of a child's output into one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-_NUM_ERROR_LINES:])

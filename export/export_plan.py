@@ -1,153 +1,179 @@
-"""What an export must do: which files are asked for, which are there, what the rest will cost.
+"""What an export must do: which files are asked for, which are there, what they are made from.
 
-In: an adapter, its base, the folder of an earlier export. Out: a `Plan`, checked before the first
+In: adapters, their base, the folder of an earlier export. Out: a `Plan`, checked before the first
 byte is written.
 """
 
+import hashlib
+import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from export._cli import FAILED, USAGE, CommandError
-from export._files import sha256_file, sha256_of
-from export.base_model import BaseModel, load_base, read_json
-from export.lora_math import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
-from export.merge_adapter import tokenizer_sources
-from export.quantize_gguf import QUANTIZATION_TYPES
+from export._cli import USAGE, CommandError
+from export._files import sha256_file, sha256_of, write_json
+from export.adapter_files import WEIGHTS_NAME
+from export.adapter_options import Inputs
+from export.base_model import read_json
+from export.gguf_metadata import MetadataValue, gguf_metadata
+from export.lora_config import CONFIG_NAME
+from export.naming import VERSION, export_file_name, file_prefix
+from export.run_facts import RunFacts, read_run_facts
+from export.type_plan import UNWEIGHTED_TYPES
 
 # Raise it whenever the same inputs give other files: older exports are then built again.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_NAME = "export.json"
-_METADATA_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """One export.
 
     Attributes:
-        inputs: Hash of everything that decides the files.
+        prefix: First part of the file names.
+        metadata: What each file says about where it comes from.
         record: What `export.json` says, by file name; grows as files are written.
         wanted: The types asked for.
-        missing: Those that must be built.
+        imatrix: The importance matrix to use, once there is one.
+        imatrix_inputs: Identifies what the matrix is computed from; empty without one.
+        imatrix_record: What `export.json` says about the matrix computed for it.
     """
 
-    name: str
+    prefix: str
     output_dir: Path
-    adapter: Adapter
-    base: BaseModel
-    tokenizer: dict[str, Path]
-    inputs: str
+    inputs: Inputs
+    facts: RunFacts
+    metadata: list[tuple[str, MetadataValue]]
     record: dict[str, Any]
     wanted: list[str]
-    missing: list[str] = field(default_factory=list)
+    overwrite: bool = False
+    imatrix: Path | None = None
+    imatrix_inputs: str = ""
+    imatrix_record: dict[str, Any] = field(default_factory=dict)
+    built: set[str] = field(default_factory=set)
 
     def path_of(self, type_name: str) -> Path:
         """Name the file of one type."""
-        return self.output_dir / f"{self.name}-{type_name}.gguf"
+        return self.output_dir / export_file_name(self.prefix, type_name)
+
+    @cached_property
+    def _common_hash(self) -> str:
+        """Hash everything that decides the files: adapters, base, tokenizer, names, ourselves."""
+        inputs = self.inputs
+        paths = [inputs.base.path / "config.json"]
+        for adapter, _ in inputs.adapters:
+            paths += [adapter.path / CONFIG_NAME, adapter.path / WEIGHTS_NAME]
+        paths += [inputs.tokenizer[name] for name in sorted(inputs.tokenizer)]
+        told = json.dumps([[weight for _, weight in inputs.adapters], self.metadata])
+        digest = hashlib.sha256(f"{sha256_of(paths)}{told}".encode())
+        return f"{FORMAT_VERSION}-{inputs.base.fingerprint[:16]}-{digest.hexdigest()[:32]}"
+
+    def inputs_of(self, type_name: str) -> str:
+        """Identify what a file of one type is made from."""
+        matrix = "" if type_name in UNWEIGHTED_TYPES else self.imatrix_inputs
+        return f"{self._common_hash}-{matrix}" if matrix else self._common_hash
 
     def is_current(self, type_name: str) -> bool:
         """Tell whether a file of these inputs is there, byte for byte as it was written."""
         path = self.path_of(type_name)
         entry = self.record.get(path.name) or {}
+        if self.overwrite and type_name not in self.built:
+            return False
         return bool(
-            entry.get("inputs") == self.inputs
+            entry.get("inputs") == self.inputs_of(type_name)
             and path.is_file()
             and path.stat().st_size == entry.get("bytes")
             and sha256_file(path) == entry.get("sha256")
         )
 
+    def save_record(self) -> None:
+        """Write `export.json`."""
+        content = {
+            "name": self.prefix,
+            "base_model": self.facts.base_name,
+            "current": sorted(self.current),
+            "files": self.record,
+        }
+        if self.imatrix_record:
+            content["imatrix"] = self.imatrix_record
+        write_json(self.output_dir / RECORD_NAME, content)
+
+    @property
+    def current(self) -> dict[str, Any]:
+        """The files on record that are there and were made from these inputs, of any type."""
+        return {
+            name: entry
+            for name, entry in self.record.items()
+            if entry["inputs"].startswith(self._common_hash) and (self.output_dir / name).is_file()
+        }
+
+    @property
+    def missing(self) -> list[str]:
+        """The types that must be built."""
+        return [name for name in self.wanted if not self.is_current(name)]
+
+    def check_free(self, types: Sequence[str]) -> None:
+        """Refuse to replace files that are not ours.
+
+        Raises:
+            CommandError: Exit 2.
+        """
+        for type_name in types:
+            path = self.path_of(type_name)
+            if path.exists() and path.name not in self.record and not self.overwrite:
+                raise CommandError(
+                    f"'{path}' is in the way and was not written by this command; move it, or "
+                    "replace it: --overwrite",
+                    USAGE,
+                )
+
 
 def make_plan(
-    adapter_dir: Path,
+    inputs: Inputs,
     output_dir: Path,
     types: Sequence[str],
     *,
-    base_dir: Path | None = None,
     name: str | None = None,
+    version: str = VERSION,
     overwrite: bool = False,
 ) -> Plan:
-    """Read everything, check that it fits together, and compare with what is there.
+    """Read what the run recorded and what an earlier export left.
 
     Raises:
-        CommandError: Exit 2: a bad name, or a file of ours to be is somebody else's. Exit 3:
-            adapter or base are unusable or do not belong together.
+        CommandError: Exit 2: a bad name or version, or a file of ours to be is somebody else's.
+            Exit 3: a record that cannot be read.
     """
-    adapter = read_adapter(adapter_dir)
-    base = load_base(adapter, base_dir)
-    tokenizer = tokenizer_sources(adapter_dir, base.path)
-    name = name or default_name(adapter_dir)
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
         raise CommandError(
             f"--name '{name}' is no file name; expected letters, digits, '.', '_', '-'", USAGE
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if not re.fullmatch(r"v?\d+(\.\d+)*", version):
+        raise CommandError(f"--version '{version}'; expected numbers and dots: 1.0", USAGE)
+    facts = read_run_facts(inputs.adapter.path, inputs.base)
+    metadata = gguf_metadata(
+        facts,
+        name=name,
+        version=version,
+        base_fingerprint=inputs.base.fingerprint,
+        adapter_sha256=sha256_file(inputs.adapter.path / WEIGHTS_NAME),
+    )
+    prefix = name or file_prefix(facts.base_name, facts.num_weights, facts.run_name, version)
     record_path = output_dir / RECORD_NAME
-    record = read_json(record_path).get("files", {}) if record_path.is_file() else {}
-    inputs = input_hash(adapter, base, tokenizer)
-    plan = Plan(name, output_dir, adapter, base, tokenizer, inputs, record, list(types))
-    for type_name in types:
-        path = plan.path_of(type_name)
-        if path.exists() and path.name not in record and not overwrite:
-            raise CommandError(
-                f"'{path}' is in the way and was not written by this command; move it, or "
-                "replace it: --overwrite",
-                USAGE,
-            )
-        if overwrite or not plan.is_current(type_name):
-            plan.missing.append(type_name)
+    content = read_json(record_path) if record_path.is_file() else {}
+    plan = Plan(
+        prefix,
+        output_dir,
+        inputs,
+        facts,
+        metadata,
+        content.get("files", {}),
+        list(types),
+        overwrite,
+        imatrix_record=content.get("imatrix", {}),
+    )
+    plan.check_free(types)
     return plan
-
-
-def default_name(adapter_dir: Path) -> str:
-    """Name an export after the run: the folder around `adapter/`, else the folder itself."""
-    folder = adapter_dir.resolve()
-    name = folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-
-
-def input_hash(adapter: Adapter, base: BaseModel, tokenizer: dict[str, Path]) -> str:
-    """Hash everything that decides the files: adapter, base, tokenizer, and our own version."""
-    paths = [adapter.path / CONFIG_NAME, adapter.path / WEIGHTS_NAME, base.path / "config.json"]
-    paths += [tokenizer[name] for name in sorted(tokenizer)]
-    return f"{FORMAT_VERSION}-{base.fingerprint[:16]}-{sha256_of(paths)[:32]}"
-
-
-def estimate_bytes(base: BaseModel, type_name: str) -> int:
-    """Estimate the size of a GGUF before it exists, on the safe side."""
-    regular, irregular = QUANTIZATION_TYPES[type_name]
-    bits = 0.0
-    for tensor in base.tensors.values():
-        if len(tensor.shape) < 2:
-            bits += 32 * tensor.num_weights
-        else:
-            bits += (irregular if tensor.shape[-1] % 256 else regular) * tensor.num_weights
-    return int(bits / 8) + _METADATA_BYTES
-
-
-def check_space(plan: Plan) -> None:
-    """Price the export before the first byte is written.
-
-    The merged copy is removed once the F16 file is there, so its peak and the quantized files'
-    do not add up.
-
-    Raises:
-        CommandError: Exit 1, naming the missing bytes.
-    """
-    quantized = sum(estimate_bytes(plan.base, kind) for kind in plan.missing if kind != "F16")
-    needed = quantized
-    if "F16" in plan.missing or not plan.is_current("F16"):
-        merged = sum(info.end - info.begin for info in plan.base.tensors.values())
-        needed = estimate_bytes(plan.base, "F16") + max(merged, quantized)
-    free = shutil.disk_usage(plan.output_dir).free
-    if free < needed:
-        raise CommandError(
-            f"not enough space in '{plan.output_dir}': needs {needed} bytes for "
-            f"{', '.join(plan.missing)} and what they are made from, {free} are free, "
-            f"{needed - free} are missing ({(needed - free) / 1e9:.2f} GB). Free some, or use "
-            "another disk: --output",
-            FAILED,
-        )

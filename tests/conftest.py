@@ -51,27 +51,38 @@ def tiny_adapter_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tiny_export_dir(tiny_adapter_dir: Path) -> Path:
     """The tiny adapter exported once: F16, Q8_0 and Q4_K_M. Copy it before changing it."""
-    from export.export_gguf import export_gguf
-
     output_dir = tiny_adapter_dir.parent / "gguf"
-    export_gguf(tiny_adapter_dir, output_dir, ["F16", "Q8_0", "Q4_K_M"])
+    export_adapter(tiny_adapter_dir, output_dir, ["F16", "Q8_0", "Q4_K_M"])
     return output_dir
 
 
-def make_tiny_model(model_dir: Path, tokenizer_dir: Path, seed: int = 0) -> Path:
+def export_adapter(
+    adapter_dir: Path, output_dir: Path, types: list[str], name: str | None = "tiny-run"
+) -> list[Path]:
+    """Export as the command does, with its defaults."""
+    from export.adapter_options import open_inputs
+    from export.export_gguf import export_gguf
+    from export.export_plan import make_plan
+
+    return export_gguf(make_plan(open_inputs(adapter_dir), output_dir, types, name=name))
+
+
+def make_tiny_model(model_dir: Path, tokenizer_dir: Path, seed: int = 0, **changes: object) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    settings = {
         **TINY_CONFIG,
-        initializer_range=0.06,  # larger than usual, so that some tokens are likelier than others
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+        "initializer_range": 0.06,  # more than usual, so that some tokens are likelier than others
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }
+    config = LlamaConfig(**settings)
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(model_dir)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer_dir / name, model_dir / name)

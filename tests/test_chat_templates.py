@@ -433,7 +433,7 @@ def llama_cpp_vocabulary(mistral_dir, tmp_path_factory):
     import llama_cpp
     from transformers import MistralConfig
 
-    from export.convert_gguf import find_converter
+    from export.converter import find_converter
 
     folder = tmp_path_factory.mktemp("vocabulary")
     shutil.copytree(mistral_dir, folder, dirs_exist_ok=True)

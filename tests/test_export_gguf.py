@@ -4,21 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from export import export_plan
+from export import stream_job
 from export._cli import FAILED, MODEL, USAGE, CommandError
-from export._process import run_checked
-from export.convert_gguf import find_converter
-from export.export_gguf import export_gguf, main
-from export.export_plan import default_name
+from export.converter import find_converter
+from export.export_gguf import main
 from export.gguf_header import read_gguf_header
-from export.model_card import ChatFormat, default_system, modelfile, ollama_template
-from export.quantize_gguf import parse_types, quantize
-from tests.conftest import make_adapter
+from export.type_plan import parse_types
+from tests.conftest import export_adapter, make_adapter
 
 pytestmark = pytest.mark.model
 TYPES = ["F16", "Q8_0", "Q4_K_M"]
@@ -52,24 +48,6 @@ def test_export_writes_whole_files_and_nothing_else(tiny_export_dir: Path) -> No
     assert headers["F16"].metadata["general.name"] == "tiny-run"
 
 
-def test_f16_holds_the_merged_weights_bit_for_bit(
-    tiny_adapter_dir: Path, tiny_export_dir: Path, tmp_path: Path
-) -> None:
-    import numpy as np
-    from gguf import GGUFReader
-    from safetensors.numpy import load_file
-
-    from export.merge_adapter import merge_adapter
-
-    merged = load_file(merge_adapter(tiny_adapter_dir, tmp_path / "m") / "model.safetensors")
-    reader = GGUFReader(tiny_export_dir / "tiny-run-F16.gguf")
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert np.array_equal(
-        tensors["blk.1.ffn_down.weight"], merged["model.layers.1.mlp.down_proj.weight"]
-    )
-    assert np.array_equal(tensors["token_embd.weight"], merged["model.embed_tokens.weight"])
-
-
 def test_card_and_modelfile_describe_the_files(tiny_export_dir: Path) -> None:
     card = (tiny_export_dir / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
@@ -81,30 +59,19 @@ def test_card_and_modelfile_describe_the_files(tiny_export_dir: Path) -> None:
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text
 
 
-def test_modelfile_of_alpaca_and_of_an_unknown_template() -> None:
-    alpaca = ChatFormat("### Instruction:\n{{ m }}\n\n### Response:\n", "</s>")
-    template = ollama_template(alpaca)
-    assert template is not None
-    assert "### Response:\n{{ .Content }}</s>" in template
-    unknown = ChatFormat("[INST] {{ m }} [/INST]", "</s>")
-    assert ollama_template(unknown) is None
-    assert "# TEMPLATE is left out" in modelfile("a.gguf", unknown)
-    assert default_system(ChatFormat("{{ broken", None)) is None
-
-
 def test_second_run_keeps_files_and_says_so(
     tiny_adapter_dir: Path, copied_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = mtimes(copied_dir)
     arguments = [str(tiny_adapter_dir), "--output", str(copied_dir), "--quantization"]
-    assert main([*arguments, "f16,q8_0,Q4_k_M"]) == 0
+    assert main([*arguments, "f16,q8_0,Q4_k_M", "--name", "tiny-run"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(copied_dir / f"tiny-run-{kind}.gguf") for kind in TYPES]
     assert err.count("kept tiny-run-") == 3
     assert mtimes(copied_dir) == before
 
 
-def test_missing_and_damaged_files_are_made_from_the_kept_f16(
+def test_missing_and_damaged_files_are_made_again_and_no_others(
     tiny_adapter_dir: Path, copied_dir: Path
 ) -> None:
     original = (copied_dir / "tiny-run-Q8_0.gguf").read_bytes()
@@ -112,7 +79,7 @@ def test_missing_and_damaged_files_are_made_from_the_kept_f16(
     damaged[-1] ^= 0xFF
     (copied_dir / "tiny-run-Q8_0.gguf").write_bytes(damaged)
     before = mtimes(copied_dir)
-    export_gguf(tiny_adapter_dir, copied_dir, ["Q8_0", "Q4_0"], name="tiny-run")
+    export_adapter(tiny_adapter_dir, copied_dir, ["F16", "Q8_0", "Q4_0"])
     after = mtimes(copied_dir)
     assert (copied_dir / "tiny-run-Q8_0.gguf").read_bytes() == original
     assert after["tiny-run-F16.gguf"] == before["tiny-run-F16.gguf"]
@@ -124,7 +91,7 @@ def test_changed_adapter_is_built_again(
 ) -> None:
     other = make_adapter(tmp_path / "tiny-run/adapter", tiny_model_dir, seed=9)
     before = mtimes(copied_dir)
-    export_gguf(other, copied_dir, ["Q8_0"])
+    export_adapter(other, copied_dir, ["Q8_0"])
     after = mtimes(copied_dir)
     assert after["tiny-run-Q8_0.gguf"] != before["tiny-run-Q8_0.gguf"]
     # Not asked for, so still the earlier adapter's: said, and not in the card.
@@ -136,44 +103,23 @@ def test_changed_adapter_is_built_again(
 def test_foreign_file_is_not_replaced(tiny_adapter_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "mine-Q8_0.gguf").write_text("mine", encoding="utf-8")
     with pytest.raises(CommandError, match="in the way") as caught:
-        export_gguf(tiny_adapter_dir, tmp_path, ["Q8_0"], name="mine")
+        export_adapter(tiny_adapter_dir, tmp_path, ["Q8_0"], name="mine")
     assert caught.value.exit_code == USAGE
     assert (tmp_path / "mine-Q8_0.gguf").read_text(encoding="utf-8") == "mine"
 
 
-def test_full_disk_is_noticed_before_the_first_byte(
+def test_failed_export_leaves_nothing_behind(
     tiny_adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export_plan.shutil, "disk_usage", lambda _: usage(10**9, 0, 10**6))
-    with pytest.raises(
-        CommandError, match=r"needs (\d+) bytes.*1000000 are free, \d+ are missing"
-    ) as caught:
-        export_gguf(tiny_adapter_dir, tmp_path / "gguf", TYPES)
+    code = (
+        "import json, pathlib, sys; job = json.loads(pathlib.Path(sys.argv[-1]).read_text()); "
+        "pathlib.Path(job['files']['Q8_0']).write_text('half'); "
+        "print('first\\nlast words', file=sys.stderr); sys.exit(7)"
+    )
+    monkeypatch.setattr(stream_job, "CHILD", ["-c", code])
+    with pytest.raises(CommandError, match=r"exit code 7: first \| last words") as caught:
+        export_adapter(tiny_adapter_dir, tmp_path / "gguf", ["Q8_0"])
     assert caught.value.exit_code == FAILED
-    assert list((tmp_path / "gguf").iterdir()) == []
-
-
-def test_estimate_covers_the_true_sizes(
-    tiny_adapter_dir: Path, tiny_export_dir: Path, default_model_dir: Path
-) -> None:
-    plan = export_plan.make_plan(tiny_adapter_dir, tiny_export_dir, TYPES)
-    assert plan.missing == []
-    for kind in TYPES:
-        true = plan.path_of(kind).stat().st_size
-        assert true <= export_plan.estimate_bytes(plan.base, kind) <= true * 1.3 + (17 << 20)
-
-
-def test_failed_conversion_leaves_nothing_behind(
-    tiny_adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = tmp_path / "llama.cpp"
-    fake.mkdir()
-    script = "import sys; print('first\\nlast words', file=sys.stderr); sys.exit(7)"
-    (fake / "convert_hf_to_gguf.py").write_text(script, encoding="utf-8")
-    monkeypatch.setenv("LLAMA_CPP_DIR", str(fake))
-    with pytest.raises(CommandError, match=r"exit code 7: .*convert_hf_to_gguf.py.*last words"):
-        export_gguf(tiny_adapter_dir, tmp_path / "gguf", ["Q8_0"])
     assert list((tmp_path / "gguf").iterdir()) == []
 
 
@@ -197,22 +143,15 @@ def test_leftovers_of_a_killed_run_are_removed(tiny_adapter_dir: Path, copied_di
     stale = copied_dir / f".export-{done.stdout.strip()}"
     (stale / "merged").mkdir(parents=True)
     (copied_dir / "tiny-run-Q4_K_M.gguf").unlink()
-    export_gguf(tiny_adapter_dir, copied_dir, TYPES)
+    export_adapter(tiny_adapter_dir, copied_dir, TYPES)
     assert not stale.exists()
 
 
 @pytest.mark.parametrize("text", ["Q4_K_X", "", "Q8_0,nope"])
 def test_unknown_types_are_refused_with_the_choices(text: str) -> None:
-    with pytest.raises(CommandError, match="choose from: F16, Q8_0") as caught:
+    with pytest.raises(CommandError, match="choose from: F32, BF16, F16, Q8_0") as caught:
         parse_types(text)
     assert caught.value.exit_code == USAGE
-
-
-def test_quantizing_a_quantized_file_is_an_error(tiny_export_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="quantization to Q8_0 failed") as caught:
-        quantize(tiny_export_dir / "tiny-run-Q4_K_M.gguf", tmp_path / "x.gguf", "Q8_0")
-    assert caught.value.exit_code == FAILED
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_adapter_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -222,22 +161,12 @@ def test_adapter_that_is_none_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "gguf").exists()
 
 
-def test_names(tmp_path: Path) -> None:
-    assert default_name(Path("outputs/smollm2-cpu/adapter")) == "smollm2-cpu"
-    assert default_name(Path("outputs/x/checkpoints/checkpoint-20")) == "checkpoint-20"
-    assert default_name(tmp_path / "my run/adapter") == "my-run"
-
-
-def test_subprocess_errors_carry_the_last_lines() -> None:
-    code = "import sys; sys.stderr.write('\\n'.join(map(str, range(50)))); sys.exit(3)"
-    with pytest.raises(CommandError, match=r"exit code 3: .* 30 \| .* 49") as caught:
-        run_checked([sys.executable, "-c", code], "counting")
-    assert " 29 |" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "module",
-    ["merge_adapter", "convert_gguf", "quantize_gguf", "export_gguf", "verify_gguf", "llama_probe"],
+    [
+        *("merge_adapter", "export_gguf", "export_lora_gguf", "imatrix", "verify_gguf"),
+        *("llama_probe", "stream_gguf"),
+    ],
 )
 def test_help_imports_nothing_heavy(module: str) -> None:
     code = (
@@ -253,3 +182,63 @@ def test_record_names_what_was_written(tiny_export_dir: Path) -> None:
     for name, entry in record["files"].items():
         assert entry["bytes"] == (tiny_export_dir / name).stat().st_size
         assert len(entry["sha256"]) == 64
+
+
+def test_menu_tells_sizes_and_writes_nothing(
+    tiny_adapter_dir: Path,
+    tiny_export_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    assert main([str(tiny_adapter_dir), "--list"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    for kind in TYPES:
+        size = (tiny_export_dir / f"tiny-run-{kind}.gguf").stat().st_size
+        # Names in the metadata differ by a few bytes.
+        assert float(rows[kind][0]) == pytest.approx(size / 1e6, abs=0.1)
+    assert rows["IQ2_XS"][2:] == ["needs", "--imatrix"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_size_limit_picks_the_best_type_that_fits(
+    tiny_adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_adapter_dir), "--output", str(tmp_path), "--name", "m"]
+    assert main([*arguments, "--max-size", "16.9MB"]) == 0
+    (path,) = capsys.readouterr().out.splitlines()
+    assert Path(path).name == "m-Q8_0.gguf"
+    assert Path(path).stat().st_size <= 16_900_000
+    with pytest.raises(CommandError, match=r"no type fits 1000 bytes: the smallest") as caught:
+        main([*arguments, "--max-size", "1000"])
+    assert caught.value.exit_code == FAILED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a folder: --output"),
+        (["--output", "x", "--max-kld", "-1"], "expected a number above 0"),
+        (["--output", "x", "--max-size", "big"], "expected a size such as 700M"),
+        (["--output", "x", "--imatrix", "nowhere.gguf"], "is no file; or: --imatrix auto"),
+        (["--output", "x", "--imatrix", "auto"], r"train\.jsonl' is no file; name rows"),
+        (["--output", "x", "--imatrix-data", "r.jsonl"], "needs --imatrix auto"),
+        (["--output", "x", "--version", "first"], "expected numbers and dots"),
+        (["--output", "x", "--name", "a/b"], "is no file name"),
+    ],
+)
+def test_bad_options_are_one_line(
+    tiny_adapter_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "alone/adapter"))
+    with pytest.raises(CommandError, match=message) as caught:
+        main([str(adapter), *arguments])
+    assert caught.value.exit_code == USAGE
+    assert not (tmp_path / "x").exists()
