@@ -10,6 +10,7 @@ from integration.gguf_header import read_header
 from integration.llm import SafeLlamaCpp
 
 BASE = "base"
+_EMBEDDING_FACTOR, _HEAD = "token_embd.weight.lora_a", "output.weight"
 
 
 def parse_adapter_options(options: Sequence[str]) -> dict[str, Path]:
@@ -52,13 +53,20 @@ class Adapters:
     def _load(self, path: Path) -> Any:
         import llama_cpp
 
-        header = read_header(path)
+        header, base = read_header(path), self._model.header
         if not header.is_adapter:
             raise CommandError(f"adapter '{path}' is a whole model, expected a LoRA GGUF", MODEL)
-        if header.architecture != self._model.header.architecture:
+        if header.architecture != base.architecture:
             raise CommandError(
                 f"adapter '{path}' is for {header.architecture}, the model is "
-                f"{self._model.header.architecture}; use the base it was trained on",
+                f"{base.architecture}; use the base it was trained on",
+                MODEL,
+            )
+        if _EMBEDDING_FACTOR in header.tensor_names and _HEAD not in base.tensor_names:
+            # llama.cpp loads such a file, and aborts the process at the first token.
+            raise CommandError(
+                f"adapter '{path}' changes the embedding, which the model '{self._model.model_path}' "
+                "also uses as its head; merge it instead: python -m export.export_gguf",
                 MODEL,
             )
         handle = llama_cpp.llama_adapter_lora_init(

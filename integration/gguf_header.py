@@ -33,7 +33,8 @@ _MAX_DIMENSIONS = 4
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
-    20: (32, 18), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
+    16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110),
+    22: (256, 82), 23: (256, 136), 29: (256, 56), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
     30: (1, 2),
 }  # fmt: skip
 
@@ -45,12 +46,12 @@ class GgufHeader:
     Attributes:
         path: The file.
         metadata: Scalars and strings; of an array only its length, under ``<key>.length``.
-        tensor_count: Number of tensors.
+        tensor_names: Names of the tensors.
     """
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
-    tensor_count: int = 0
+    tensor_names: frozenset[str] = frozenset()
 
     @property
     def architecture(self) -> str:
@@ -125,11 +126,12 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _end_of_tensors(reader: _Reader, count: int) -> int:
-    """Read the tensor list; give the offset in the data part at which the last tensor ends."""
+def _read_tensors(reader: _Reader, count: int) -> tuple[frozenset[str], int]:
+    """Read the tensor list: names, and the offset in the data part at which the last one ends."""
     end = 0
+    names = []
     for _ in range(count):
-        reader.string()
+        names.append(reader.string())
         num_dimensions = reader.scalar("I")
         if num_dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {num_dimensions} dimensions")
@@ -139,7 +141,7 @@ def _end_of_tensors(reader: _Reader, count: int) -> int:
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         block_weights, block_bytes = _BLOCKS.get(kind, (1, 0))
         end = max(end, offset + weights // block_weights * block_bytes)
-    return end
+    return frozenset(names), end
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -170,7 +172,7 @@ def read_header(path: Path) -> GgufHeader:
                 raise ValueError(f"version {version}, expected 2 or 3")
             tensor_count, metadata_count = reader.count(), reader.count()
             metadata = _read_metadata(reader, metadata_count)
-            end = _end_of_tensors(reader, tensor_count)
+            names, end = _read_tensors(reader, tensor_count)
         except (struct.error, ValueError) as error:
             raise CommandError(
                 f"model '{path}' has a damaged header ({error}); copy or export it again", MODEL
@@ -183,4 +185,4 @@ def read_header(path: Path) -> GgufHeader:
             "again",
             MODEL,
         )
-    return GgufHeader(path, metadata, tensor_count)
+    return GgufHeader(path, metadata, names)

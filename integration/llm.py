@@ -312,7 +312,7 @@ def load_model(
             "NAME=FILE beside its base",
             MODEL,
         )
-    if not header.architecture or not header.tensor_count:
+    if not header.architecture or not header.tensor_names:
         raise CommandError(f"model '{path}' holds no model weights; export it again", MODEL)
     threads = n_threads or usable_threads()
     try:

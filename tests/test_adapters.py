@@ -1,7 +1,5 @@
 """LoRA GGUFs over one base: checked first, switched without a trace of the former."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +15,14 @@ IDS = list(range(100, 140))
 
 @pytest.fixture(scope="module")
 def files(tiny_model_dir, tiny_adapter_dir, tmp_path_factory) -> dict[str, Path]:
-    """A base GGUF and its adapter as a LoRA GGUF, by llama.cpp's own converters."""
-    from export.convert_gguf import convert_to_gguf, find_converter
+    """A base GGUF, and its adapter as we export it."""
+    from export.export_lora_gguf import main
+    from tests.stock_chain import convert
 
     folder = tmp_path_factory.mktemp("lora")
     base, lora = folder / "base.gguf", folder / "lora.gguf"
-    convert_to_gguf(tiny_model_dir, base, "tiny", {})
-    converter = find_converter().with_name("convert_lora_to_gguf.py")
-    subprocess.run(
-        [sys.executable, str(converter), str(tiny_adapter_dir), "--base", str(tiny_model_dir),
-         "--outfile", str(lora), "--outtype", "f32"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    convert(tiny_model_dir, base)
+    assert main([str(tiny_adapter_dir), "--output", str(lora), "--type", "F32"]) == 0
     return {"base": base, "lora": lora}
 
 
@@ -62,6 +56,27 @@ def test_adapter_for_another_base_is_exit_3(files, embedded_gguf):
     model = load_model(embedded_gguf, n_ctx=256)
     with pytest.raises(CommandError, match="does not fit the model") as caught:
         Adapters(model, {"foreign": files["lora"]})
+    assert caught.value.exit_code == 3
+
+
+def test_embedding_factors_over_a_tied_head_are_exit_3(files, tmp_path):
+    """llama.cpp loads such a file and aborts the process at the first token."""
+    from gguf import GGUFReader, GGUFWriter
+
+    path = tmp_path / "embedding.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    width = {t.name: t.shape for t in GGUFReader(files["base"]).tensors}["token_embd.weight"]
+    writer.add_tensor("token_embd.weight.lora_a", np.ones((4, int(width[1])), np.float32))
+    writer.add_tensor("token_embd.weight.lora_b", np.ones((int(width[0]), 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CommandError, match=r"changes the embedding.*merge it instead") as caught:
+        Adapters(load_model(files["base"], n_ctx=256), {"x": path})
     assert caught.value.exit_code == 3
 
 
