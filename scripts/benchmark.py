@@ -2,12 +2,14 @@
 
     python -m scripts.benchmark train       # --data rows.jsonl for other rows than the shipped sample
     python -m scripts.benchmark chat        # on the demo's Q8_0; --model FILE for another
+    python -m scripts.benchmark export      # on a random TinyLlama-1.1B; --size 7b for Mistral's size
 
 ``train`` measures real tokens per second, padding and peak memory of 4-bit LoRA training: ours against
 what Unsloth's notebooks write and against TRL + PEFT, same model, rows and steps; the contenders are in
 ``scripts.benchmark_train``. ``chat`` measures the seconds from a long prompt to the first token:
 `integration.ask` against stock LangChain ``LlamaCpp`` with its defaults (only the context raised, or
-it would refuse the prompt).
+it would refuse the prompt). ``export`` measures time, peak memory and bytes written from an adapter
+to a Q4_K_M file, against the chain PEFT, converter, quantizer: `scripts.benchmark_export`.
 """
 
 import argparse
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.benchmark_export import SIZES, WORK_DIR, benchmark_export
 from scripts.benchmark_train import ROWS_PER_FORWARD
 
-DEMO_MODEL = Path("outputs/smollm2-135m-cpu/gguf/smollm2-135m-cpu-Q8_0.gguf")
+DEMO_MODEL = Path("outputs/smollm2-135m-cpu/gguf/SmolLM2-135M-Instruct-cpu-v1.0-Q8_0.gguf")
 SAMPLE = Path("scripts/data/finetome_sample.jsonl")
 PREFILL_TARGET, TRAIN_TARGET, PADDING_TARGET = 1.6, 1.5, 0.05
 PROMPT = (
@@ -176,10 +179,17 @@ def _run_chat(options: argparse.Namespace) -> dict[str, Any]:
     return benchmark_chat(options.model, options.rounds or 5)
 
 
+def _run_export(options: argparse.Namespace) -> dict[str, Any]:
+    default = 1 if options.size == "7b" else 2
+    if options.size == "7b" and options.rounds not in (None, default):
+        raise CommandError(f"--rounds {options.rounds}: --size 7b is measured once; leave it out")
+    return benchmark_export(options.size, options.rounds or default, options.work_dir)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; exit 1 when a target is missed."""
     parser = argparse.ArgumentParser(description="Ours against the usual way, in one run.")
-    parser.add_argument("benchmark", choices=["train", "chat"], help="what to measure")
+    parser.add_argument("benchmark", choices=["train", "chat", "export"], help="what to measure")
     parser.add_argument(
         "--model", type=Path, default=DEMO_MODEL, help="chat: a GGUF; default: the demo's"
     )
@@ -187,7 +197,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, default=SAMPLE, help="train: rows; default: the shipped sample"
     )
     parser.add_argument("--steps", type=int, default=6, help="train: optimizer steps (default 6)")
-    parser.add_argument("--rounds", type=int, help="alternating rounds (default: train 3, chat 5)")
+    parser.add_argument(
+        "--size",
+        choices=list(SIZES),
+        default="1.1b",
+        help="export: of the random model (default 1.1b; tiny, for tests, has no targets)",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        default=WORK_DIR,
+        help="export: where the temporary folder goes (default: outputs)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="alternating rounds (default: train 3, chat 5, export 2)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     if options.rounds is not None and options.rounds < 1:
@@ -196,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CommandError(f"--steps: got {options.steps}, expected at least 2: the first warms up")
     if options.benchmark == "chat":
         result = _run_chat(options)
+    elif options.benchmark == "export":
+        result = _run_export(options)
     else:
         result = benchmark_train(options.data, options.rounds or 3, options.steps)
     if options.json:
