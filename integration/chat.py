@@ -1,6 +1,6 @@
 """Chat with a GGUF model in the terminal: streaming, with tools.
 
-python -m integration.chat --model outputs/smollm2-135m-cpu/gguf/smollm2-135m-cpu-Q8_0.gguf
+python -m integration.chat --model outputs/smollm2-135m-cpu/gguf/SmolLM2-135M-Instruct-cpu-v1.0-Q8_0.gguf
 """
 
 import argparse

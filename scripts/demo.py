@@ -89,12 +89,19 @@ def _side_by_side(left: str, right: str, width: int = 47) -> str:
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in zip(*padded, strict=True))
 
 
+def exported_files(run_dir: Path) -> list[Path]:
+    """List the GGUF files of the run's adapter; an earlier adapter's may lie beside them."""
+    folder = run_dir / "gguf"
+    record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    return [folder / name for name in record["current"]]
+
+
 def summary(run_dir: Path, replies: Sequence[dict[str, Any]], seconds: float) -> str:
     """Write the closing text of the demo from the run's own files."""
     evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     answer = evaluation["answers"][0]
     base, tuned = evaluation["base"], evaluation["tuned"]
-    files = sorted((run_dir / "gguf").glob("*.gguf"))
+    files = exported_files(run_dir)
     sizes = "\n".join(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in files)
     small = next(path for path in files if path.stem.endswith("-Q8_0"))
     tools = "\n\n".join(map(_tool_text, replies))
@@ -131,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     _run(["scripts/pipeline.sh", options.recipe])
     run_dir = Path("outputs") / Path(options.recipe).stem
-    model = next((run_dir / "gguf").glob("*-Q8_0.gguf"))
+    model = next(path for path in exported_files(run_dir) if path.stem.endswith("-Q8_0"))
     replies = ask_with_tools(model)
     print(summary(run_dir, replies, time.monotonic() - started))
     if not any(call["error"] is None for reply in replies for call in reply["tool_calls"]):

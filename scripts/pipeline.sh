@@ -47,6 +47,19 @@ RUN_NAME=$(sed -n "s/^run_name: *['\"]\{0,1\}\([^'\" #]*\).*/\1/p" "$RECIPE" | h
 RUN_NAME="${RUN_NAME:-$(basename "${RECIPE%.*}")}"
 RUN="$OUTPUTS/$RUN_NAME"
 
+# Lists the files of the last export whose certificate is missing, of another file, or not passed.
+NOT_CERTIFIED='
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+export = json.loads((folder / "export.json").read_text())
+path = folder / "certificate.json"
+known = json.loads(path.read_text()).get("files", {}) if path.is_file() else {}
+for name in export["current"]:
+    entry = known.get(name, {})
+    if not entry.get("passed") or entry.get("sha256") != export["files"][name]["sha256"]:
+        print(folder / name)
+'
+
 run_stage() {
   case "$1" in
     prepare) "$PY" -m scripts.prepare_data --config "$RECIPE" --output-root "$OUTPUTS" ;;
@@ -54,14 +67,14 @@ run_stage() {
     evaluate) "$PY" -m scripts.evaluate_model --config "$RECIPE" --output-root "$OUTPUTS" ;;
     export) "$PY" -m export.export_gguf "$RUN/adapter" --output "$RUN/gguf" --quantization "$QUANTIZATION" ;;
     verify)
-      local file certificate="$RUN/gguf/certificate.json"
-      for file in "$RUN"/gguf/*.gguf; do
-        if [ "$certificate" -nt "$file" ] && grep -q "\"$(basename "$file")\"" "$certificate" && ! grep -q '"passed": false' "$certificate"; then
-          printf 'verify: %s is up to date\n' "$file" >&2
-        else
-          "$PY" -m export.verify_gguf "$file" --reference "$RUN/adapter" >/dev/null
-        fi
-      done
+      local certificate="$RUN/gguf/certificate.json" files=()
+      [ -f "$RUN/gguf/export.json" ] || fail "'$RUN/gguf' has no export; begin earlier: --from export"
+      mapfile -t files < <("$PY" -c "$NOT_CERTIFIED" "$RUN/gguf")
+      if [ ${#files[@]} -eq 0 ]; then
+        printf 'verify: every file has its certificate\n' >&2
+      else
+        "$PY" -m export.verify_gguf "${files[@]}" --reference "$RUN/adapter" >/dev/null
+      fi
       echo "$certificate" ;;
   esac
 }

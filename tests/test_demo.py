@@ -13,8 +13,11 @@ CALL = {"name": "text_formatter", "args": {"width": 44}, "result": "wrapped text
 @pytest.fixture
 def run_dir(tmp_path):
     (tmp_path / "gguf").mkdir()
-    for name in ("m-F16", "m-Q8_0"):
+    # The last one is of an earlier adapter: there, but not current.
+    for name in ("m-F16", "m-Q8_0", "a-Q8_0"):
         (tmp_path / f"gguf/{name}.gguf").write_bytes(bytes(2_000_000))
+    record = json.dumps({"current": ["m-F16.gguf", "m-Q8_0.gguf"]})
+    (tmp_path / "gguf/export.json").write_text(record)
     evaluation = {
         "base": {"loss": 2.5, "perplexity": 12.18, "rows": 7},
         "tuned": {"loss": 2.25, "perplexity": 9.49, "rows": 7},
@@ -36,6 +39,7 @@ def test_summary_shows_figures_answers_call_sizes_and_commands(run_dir):
         "2.0 MB",
     ]:
         assert part in text
+    assert "a-Q8_0" not in text
     commands = [line for line in text.splitlines() if ".venv/bin/python" in line]
     assert len(commands) == 3
     assert all("m-Q8_0.gguf" in line for line in commands)

@@ -109,6 +109,8 @@ def test_heavy_import_would_be_seen(tmp_path):
 
 def test_the_contract_commands_are_there():
     contract = "scripts.prepare_data scripts.train_lora scripts.evaluate_model scripts.benchmark "
-    contract += "export.export_gguf export.merge_adapter export.verify_gguf "
+    contract += (
+        "export.export_gguf export.merge_adapter export.export_lora_gguf export.verify_gguf "
+    )
     contract += "integration.chat integration.ask"
     assert set(contract.split()) <= set(COMMANDS)
