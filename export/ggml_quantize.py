@@ -1,6 +1,7 @@
 """Quantize rows with the functions of the installed llama_cpp library (ggml-quants.c).
 
 `llama_model_quantize` calls the same function for portions of rows, so the bytes are the same.
+Three types have faster code of our own that gives these bytes too (export/fast_quantize.py).
 ctypes releases the interpreter's lock, so that threads quantize side by side.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export._cli import FAILED, CommandError
+from export.fast_quantize import FastQuantizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 class GgmlQuantizer:
     """ggml's own quantization, by type number (`gguf.GGMLQuantizationType`)."""
+
+    def __init__(self) -> None:
+        self._fast = FastQuantizer(self._by_library)
 
     @cached_property
     def _library(self) -> Any:
@@ -73,6 +78,15 @@ class GgmlQuantizer:
         Returns:
             uint8, one dimension; None if a value cannot be held (too large for float16, say).
         """
+        out = self._fast.quantize(kind, rows) if importance is None else None
+        if out is None:
+            out = self._by_library(kind, rows, importance)
+        valid = self._library.ggml_validate_row_data(kind, out.ctypes.data, out.nbytes)
+        return out if valid else None
+
+    def _by_library(
+        self, kind: int, rows: "np.ndarray", importance: "np.ndarray | None" = None
+    ) -> "np.ndarray":
         import numpy as np
 
         count, width = rows.shape
@@ -86,5 +100,4 @@ class GgmlQuantizer:
             width,
             None if importance is None else importance.ctypes.data,
         )
-        valid = self._library.ggml_validate_row_data(kind, out.ctypes.data, out.nbytes)
-        return out if valid else None
+        return out
