@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 # torch, transformers and llama.cpp's converter.
-_LIBRARY_BYTES = 400_000_000
+_LIBRARY_BYTES = 500_000_000
 
 
 def say(**content: Any) -> None:

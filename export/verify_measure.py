@@ -105,7 +105,7 @@ def reference_logits(
 
     Args:
         reference_dir: The merged model or the adapter.
-        scratch_dir: On a disk with room for positions * vocabulary * 4 bytes (0.8 GB for 4,096
+        scratch_dir: On a disk with room for positions * vocabulary * 4 bytes (0.4 GB for 2,048
             positions of 49,152 tokens); what is written there is removed at the end.
         base_dir: The adapter's base, None for the one it names.
         rows_path: Conversations (JSONL); None for the run's held-out rows, or the fixed ones.

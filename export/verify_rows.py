@@ -16,7 +16,7 @@ from export.verify_corpus import CONVERSATIONS
 HELD_OUT = Path("data/eval.jsonl")
 FIXED = "fixed conversations"
 MAX_ROW_TOKENS = 512
-DEFAULT_MAX_TOKENS = 4096
+DEFAULT_MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,22 @@ CPU_LOGITS, CUDA_LOGITS, LOGIT_BYTES = 1 << 24, 1 << 26, 3 * 4
 CPU_WORKING_LAYERS, CUDA_WORKING_LAYERS = 4, 2
 # What the allocator holds over what is alive: glibc's fragments / torch's cached blocks.
 CPU_SLACK, CUDA_SLACK = 1.5, 1.1
+# Export streams portions of rows. Libraries, its parent process and the allocator: a model of 1.2 B
+# weights took 0.70 GB in all on two threads (three types at a time), one of 26 M 0.51 GB.
+EXPORT_BASE_BYTES = 600_000_000
+# float32 values of a portion, and how many of its size each thread, and two more, keep in the air
+# (PORTION_WEIGHTS and _check_memory of export).
+PORTION_WEIGHTS, PORTION_COPIES = 1 << 20, 3
+# Verification streams the reference layer by layer: PyTorch, transformers and hidden states, then
+# activations (at least so much, or as much as a layer). Its log-probabilities of so many positions
+# lie on the disk meanwhile (verify_streaming and verify_rows of export).
+VERIFY_BASE_BYTES, VERIFY_ACTIVATION_BYTES, VERIFY_POSITIONS = 900_000_000, 256 << 20, 2048
+# llama.cpp maps a file, which needs no memory of its own, and rearranges 4-bit blocks and such into
+# a copy: 0.53 GB for a Q4_0 of 0.69 GB, 0.04 GB for Q8_0 and F16 (x86 with AVX-512).
+MAPPED_ONLY = ("F32", "BF16", "F16", "Q8_0")
 # Bits per weight of llama.cpp's types; a little more where rows are no multiple of 256.
 BITS_PER_WEIGHT = {
+    "F32": (32.0, 32.0),
     "F16": (16.0, 16.0),
     "Q8_0": (8.5, 8.5),
     "Q6_K": (6.56, 8.5),
@@ -163,17 +177,23 @@ def offloaded_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
 
 
 def estimate_ram(
-    shape: ModelShape, recipe: TrainingRecipe, machine: Machine, tokens: int
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    machine: Machine,
+    tokens: int,
+    quantizations: Sequence[str],
 ) -> dict[str, int]:
     """Estimate the host memory of each stage besides training on a CPU.
 
     `training` (with a GPU only): libraries and the layer inputs moved off the GPU. `evaluation`
     (without one): the model in 16 bits, in fp32 where the CPU has no bf16, and whole logits.
-    `export`: one matrix in fp32, a few times. `verification`: the reference model in float32.
+    `export` and `verification` (with GGUF types): see `export_ram` and `verification_ram`.
     """
     total = shape.parameters.total
-    stages = {"export": 600_000_000 + 12 * shape.largest_matrix}
-    stages["verification"] = 1_000_000_000 + 4 * total
+    stages = {}
+    if quantizations:
+        stages["export"] = export_ram(shape, machine.cpu_threads)
+        stages["verification"] = verification_ram(shape, quantizations)
     if machine.device == "cuda":
         kept = offloaded_bytes(shape, tokens) if recipe.use_gradient_checkpointing else 0
         return {"training": CUDA_HOST_BYTES + kept, **stages}
@@ -182,26 +202,58 @@ def estimate_ram(
     return {"evaluation": evaluation, **stages}
 
 
+def export_ram(shape: ModelShape, threads: int) -> int:
+    """Estimate the memory of an export, whatever the number of its types.
+
+    Only what llama.cpp's converter rearranges is there as a whole, before and after: the largest
+    such tensor is q of the attention.
+    """
+    rearranged = 2 * shape.hidden * shape.q_width
+    portions = PORTION_COPIES * (threads + 2) * PORTION_WEIGHTS
+    return EXPORT_BASE_BYTES + 4 * (rearranged + portions)
+
+
+def verification_ram(shape: ModelShape, quantizations: Sequence[str]) -> int:
+    """Estimate the memory of a verification: of the reference, then of llama.cpp beside it.
+
+    The reference has one layer in float32 and its activations; it waits, without them, while
+    llama.cpp has one file after the other.
+    """
+    layer = 4 * shape.parameters.linear // shape.layers
+    reference = layer + max(VERIFY_ACTIVATION_BYTES, layer)
+    copied = [gguf_bytes(shape, kind) for kind in quantizations if kind not in MAPPED_ONLY]
+    return VERIFY_BASE_BYTES + max(reference, *copied, 0)
+
+
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes by purpose; ``quantized`` by type, ``downloads`` by hub name."""
+    """Bytes by purpose; ``downloads`` by hub name.
+
+    Attributes:
+        quantized: GGUF files by type, F16 like any other: only if it is asked for.
+        verification: What verification writes beside the files, and removes at its end.
+    """
 
     checkpoints: int
     adapter: int
-    merged: int
-    f16: int
     quantized: dict[str, int]
+    verification: int
     downloads: dict[str, int]
 
     @property
     def export_peak(self) -> int:
-        """Most that an export holds at a time: the merged copy goes when the F16 file is there."""
-        return self.f16 + max(self.merged, sum(self.quantized.values()))
+        """Most that an export holds at a time: its files, and nothing else."""
+        return sum(self.quantized.values())
+
+    @property
+    def verification_peak(self) -> int:
+        """Most that is there while the files are verified."""
+        return self.export_peak + self.verification
 
     def by_purpose(self) -> dict[str, int]:
         """Sum up by folder: ``run``, ``checkpoints`` and ``downloads``."""
         return {
-            "run": self.adapter + self.export_peak,
+            "run": self.adapter + self.verification_peak,
             "checkpoints": self.checkpoints,
             "downloads": sum(self.downloads.values()),
         }
@@ -213,18 +265,17 @@ def estimate_disk(
     quantizations: Sequence[str],
     cached: Sequence[str] = (),
 ) -> DiskEstimate:
-    """Estimate what training and export write.
+    """Estimate what training, export and verification write.
 
-    Up to four copies of a model are on the disk during an export (unsloth#8439): the download, the
-    16-bit merge, the F16 GGUF, and each quantized file. All are priced before training starts.
+    The export goes from base and adapter to the files in one pass: the only other copy of the model
+    is the download. All are priced before training starts.
 
     Args:
         shape: Of the base model.
         recipe: Its model name, adapter and ``save_total_limit``.
-        quantizations: GGUF types that the export is asked for.
+        quantizations: GGUF types that the export is asked for; none = no export.
         cached: Hub names that are downloaded already.
     """
-    total = shape.parameters.total
     trained = shape.lora_parameters(recipe.lora_r, recipe.lora_target_modules)
     adapter = TRAINED_BYTES["adapter"] * trained + TOKENIZER_BYTES
     checkpoint = adapter + TRAINED_BYTES["optimizer"] * trained
@@ -233,9 +284,8 @@ def estimate_disk(
     return DiskEstimate(
         checkpoints=num_checkpoints * checkpoint,
         adapter=adapter,
-        merged=2 * total + TOKENIZER_BYTES,
-        f16=gguf_bytes(shape, "F16"),
-        quantized={kind: gguf_bytes(shape, kind) for kind in quantizations if kind != "F16"},
+        quantized={kind: gguf_bytes(shape, kind) for kind in quantizations},
+        verification=4 * VERIFY_POSITIONS * shape.vocab if quantizations else 0,
         downloads={
             name: size for name, size in _downloads(shape, recipe).items() if name not in cached
         },

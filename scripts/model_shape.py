@@ -86,11 +86,6 @@ class ModelShape:
         linear = self.layers * sum(rows * columns for rows, columns in self.matrices.values())
         return Parameters(embedding + linear + self.other, embedding, linear)
 
-    @property
-    def largest_matrix(self) -> int:
-        """Weights of the largest matrix, embedding included."""
-        return max(self.vocab * self.hidden, self.hidden * self.intermediate)
-
     def lora_parameters(self, r: int, target_modules: Sequence[str]) -> int:
         """Count an adapter's parameters: ``r`` times inputs plus outputs of every adapted matrix.
 

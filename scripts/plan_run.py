@@ -26,8 +26,9 @@ _PROBE_TOKENS = 400
 
 
 def _quantizations() -> list[str]:
-    """GGUF types that ``scripts/pipeline.sh`` will export."""
-    return os.environ.get("QUANTIZATION", "F16,Q8_0,Q4_K_M").split(",")
+    """GGUF types that ``scripts/pipeline.sh`` will export, read as the export reads them."""
+    text = os.environ.get("QUANTIZATION") or "F16,Q8_0,Q4_K_M"
+    return list(dict.fromkeys(part.strip().upper() for part in text.split(",") if part.strip()))
 
 
 class Preflight:

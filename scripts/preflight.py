@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.estimates import (
-    DiskEstimate,
     MemoryEstimate,
     Workload,
     estimate_disk,
@@ -147,9 +146,8 @@ def run_checks(
         return [Check("memory and disk", False, "not estimated", note, blocking=False)]
     tokens = workload.biggest(recipe)
     checks = [_check_memory(shape, recipe, machine, workload)]
-    for stage, need in estimate_ram(shape, recipe, machine, tokens).items():
-        if quantizations or stage in ("training", "evaluation"):
-            checks.append(_check_ram(stage, need, machine, shape))
+    for stage, need in estimate_ram(shape, recipe, machine, tokens, quantizations).items():
+        checks.append(_check_ram(stage, need, machine))
     checks += _check_disks(recipe, shape, machine, quantizations, cached)
     return checks
 
@@ -172,13 +170,13 @@ def _check_memory(
     )
 
 
-def _check_ram(stage: str, need: int, machine: Machine, shape: ModelShape) -> Check:
+def _check_ram(stage: str, need: int, machine: Machine) -> Check:
     """Check a stage's RAM; only what would leave the user without GGUF files blocks."""
     advice = {
         "training": "close other programs, or use a machine with more RAM",
         "evaluation": "leave it out (pipeline.sh --from export), or lower "
         "per_device_train_batch_size or max_length",
-        "export": "run the export on a machine with more RAM: it needs only the adapter folder",
+        "export": "close other programs, or give it fewer cores: each takes 13 MB",
         "verification": "verify on a machine with more RAM; the GGUF files are made all the same",
     }[stage]
     have = machine.ram_available_bytes
@@ -187,7 +185,7 @@ def _check_ram(stage: str, need: int, machine: Machine, shape: ModelShape) -> Ch
         need <= have,
         f"about {gigabytes(need)} needed",
         f"{gigabytes(have)} free",
-        advice,
+        "" if need <= have else advice,
         blocking=stage in ("training", "export"),
     )
 
@@ -202,7 +200,7 @@ def _check_disks(
     """Check each disk against all that goes there: folders may share one, or not."""
 
     def needs_of(some: TrainingRecipe) -> dict[str, int]:
-        return disk_needs(estimate_disk(shape, some, quantizations, cached), bool(quantizations))
+        return estimate_disk(shape, some, quantizations, cached).by_purpose()
 
     needs, fewer = needs_of(recipe), needs_of(dataclasses.replace(recipe, save_total_limit=1))
     by_disk: dict[int, list[str]] = {}
@@ -213,11 +211,12 @@ def _check_disks(
     for purposes in by_disk.values():
         need, disk = sum(needs[name] for name in purposes), machine.disks[purposes[0]]
         least = sum(fewer[name] for name in purposes)
-        advice = _disk_advice(purposes, need, disk, least)
+        fits = need <= disk.free_bytes
+        advice = "" if fits else _disk_advice(purposes, need, disk, least)
         checks.append(
             Check(
                 f"disk for {' + '.join(purposes)}",
-                need <= disk.free_bytes,
+                fits,
                 f"about {gigabytes(need)} needed",
                 f"{gigabytes(disk.free_bytes)} free at {disk.path}",
                 advice,
@@ -226,14 +225,8 @@ def _check_disks(
     return checks
 
 
-def disk_needs(estimate: DiskEstimate, with_export: bool = True) -> dict[str, int]:
-    """Give the bytes that go to ``run``, ``checkpoints`` and ``downloads``."""
-    needs = estimate.by_purpose()
-    return needs if with_export else needs | {"run": estimate.adapter}
-
-
 def _disk_advice(purposes: Sequence[str], need: int, disk: Disk, least: int) -> str:
-    if need > disk.free_bytes >= least:
+    if least <= disk.free_bytes:
         return f"set save_total_limit: 1 (about {gigabytes(least)})"
     places = " or ".join(dict.fromkeys(_MOVED_BY[purpose] for purpose in purposes))
     return f"free {gigabytes(need - disk.free_bytes)}, or set {places} to another disk"

@@ -103,7 +103,10 @@ class Report:
         if self.memory:
             content["memory"] = dataclasses.asdict(self.memory) | {"total": self.memory.total}
         if self.disk:
-            content["disk"] = dataclasses.asdict(self.disk) | {"export_peak": self.disk.export_peak}
+            content["disk"] = dataclasses.asdict(self.disk) | {
+                "export_peak": self.disk.export_peak,
+                "verification_peak": self.disk.verification_peak,
+            }
         if self.plan:
             finish = self.plan.finish(self.now).isoformat(timespec="seconds")
             content["plan"] = dataclasses.asdict(self.plan) | {"finish": finish}
@@ -154,8 +157,8 @@ def _device(machine: Machine) -> str:
 
 
 def _disk_parts(disk: DiskEstimate) -> dict[str, int]:
-    parts = {"checkpoints": disk.checkpoints, "adapter": disk.adapter, "merged": disk.merged}
-    return parts | {"F16": disk.f16} | disk.quantized | disk.downloads
+    parts = {"checkpoints": disk.checkpoints, "adapter": disk.adapter, **disk.quantized}
+    return parts | {"verification": disk.verification} | disk.downloads
 
 
 def _parts(parts: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scripts._cli import CommandError
-from scripts.estimates import TRAINED_BYTES, Workload
+from scripts.estimates import TRAINED_BYTES, VERIFY_POSITIONS, Workload
 from scripts.recipe import TrainingRecipe
 
 # Share of a budget that stays unplanned: probes are short, and machines are not always idle.
@@ -15,14 +15,28 @@ RESERVE = 0.10
 MIN_ROWS = 8
 # LoRA has no weight gradients for the base, so backward costs what forward does: forward is half.
 FORWARD_SHARE = 0.5
-# Export on two cores, TinyLlama size (1.1 B): merge 16 s, conversion 10 s, Q4_K_M 26 s; seconds
-# per 10^9 parameters, beside a start of each process. Merge and conversion are bound by memory.
-START_SECONDS, MERGE_RATE, CONVERT_RATE = 3.0, 14.5, 6.0
-QUANTIZE_RATES = {"F16": 0.0, "Q8_0": 8.0, "Q4_0": 8.0}
-K_QUANT_RATE = 22.0
+# Export: seconds per 10^9 parameters on two cores (AMD EPYC, TinyLlama size), beside the start of
+# parent, child and converter. Reading and merging happens once, quantization for each type.
 REFERENCE_THREADS = 2
-# Verification of one file: start and load; the float32 reference and llama.cpp on a few prompts.
-VERIFY_START, VERIFY_RATE = 5.0, 25.0
+EXPORT_START, MERGE_RATE = 5.0, 2.0
+# What a type's name begins with, more letters first. Q4_K to Q6_K are export/fast_quants.c, without
+# which Q4_K_M would take 30; F32 to Q4_0 are as slow as the disk; I-quants search a grid for every
+# few weights.
+OTHER_RATE = 30.0
+QUANTIZE_RATES = {
+    **dict.fromkeys(("Q6_K", "Q5_K", "Q4_K"), 3.0),
+    "Q3_K": 6.0,
+    "Q2_K": 28.0,
+    **dict.fromkeys(("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"), 3.5),
+    "IQ4": 90.0,
+    "IQ3": 200.0,
+    "IQ": 250.0,
+}
+# Verification on two cores: imports, then 2 FLOP for each parameter and position. The reference
+# computes in float32, once for all files; llama.cpp in 8 bits or 16, its answer of some words
+# included (SmolLM2-135M, 4,096 positions: 30 CPU seconds for the reference, 17 for each file).
+REFERENCE_START, REFERENCE_FLOPS = 6.0, 80e9
+VERIFY_START, VERIFY_FLOPS = 5.0, 160e9
 # `evaluate`: imports, then two greedy answers; a token reads all weights once, in 16 bits.
 EVALUATE_START, ANSWER_TOKENS, TOKEN_SECONDS = 10.0, 240, 0.02
 CPU_READ_RATE, CUDA_READ_RATE = 20e9, 300e9
@@ -80,7 +94,7 @@ class PlanInputs:
         eval_tokens: Tokens of all held-out rows.
         eval_steps: Optimizer steps between held-out evaluations in training; 0 = none.
         quantizations: GGUF types of the export.
-        threads: For quantizing.
+        threads: For export and verification.
         on_cuda: Whether evaluation runs on a GPU.
         download_bytes: Still to be downloaded by the export.
     """
@@ -129,18 +143,30 @@ class TimePlan:
 def export_seconds(
     parameters: int, quantizations: Sequence[str], threads: int = REFERENCE_THREADS
 ) -> float:
-    """Estimate merge, conversion and quantization."""
-    billions = parameters / 1e9
-    merge_convert = 2 * START_SECONDS + (MERGE_RATE + CONVERT_RATE) * billions
-    speed = max(1, threads) / REFERENCE_THREADS
-    kinds = [kind for kind in quantizations if kind != "F16"]
-    rates = sum(QUANTIZE_RATES.get(kind, K_QUANT_RATE) for kind in kinds)
-    return merge_convert + START_SECONDS * len(kinds) + rates * billions / speed
+    """Estimate the one pass that writes all GGUF files."""
+    if not quantizations:
+        return 0.0
+    rates = [MERGE_RATE, *map(_quantize_rate, quantizations)]
+    return EXPORT_START + sum(rates) * parameters / 1e9 / _speed(threads)
 
 
-def verify_seconds(parameters: int, num_files: int) -> float:
-    """Estimate the verification of all GGUF files."""
-    return num_files * (VERIFY_START + VERIFY_RATE * parameters / 1e9)
+def _quantize_rate(kind: str) -> float:
+    """Give the seconds per 10^9 parameters of a type."""
+    rates = (rate for name, rate in QUANTIZE_RATES.items() if kind.upper().startswith(name))
+    return next(rates, OTHER_RATE)
+
+
+def verify_seconds(parameters: int, num_files: int, threads: int = REFERENCE_THREADS) -> float:
+    """Estimate the verification of all GGUF files in one command."""
+    if num_files == 0:
+        return 0.0
+    operations = 2 * parameters * VERIFY_POSITIONS / _speed(threads)
+    reference = REFERENCE_START + operations / REFERENCE_FLOPS
+    return reference + num_files * (VERIFY_START + operations / VERIFY_FLOPS)
+
+
+def _speed(threads: int) -> float:
+    return max(1, threads) / REFERENCE_THREADS
 
 
 def evaluate_seconds(inputs: PlanInputs) -> float:
@@ -177,7 +203,9 @@ def plan_time(inputs: PlanInputs, rows: int | None = None) -> TimePlan:
         "evaluation": evaluate_seconds(inputs),
         "download": inputs.download_bytes / DOWNLOAD_RATE,
         "export": export_seconds(inputs.parameters, inputs.quantizations, inputs.threads),
-        "verification": verify_seconds(inputs.parameters, len(inputs.quantizations)),
+        "verification": verify_seconds(
+            inputs.parameters, len(inputs.quantizations), inputs.threads
+        ),
     }
     return TimePlan(rows, steps, real, tokens, seconds)
 

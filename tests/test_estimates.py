@@ -1,16 +1,25 @@
 """Estimates against measurements: memory within 30 %, disk by the sizes that were written."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
+from export import stream_gguf, stream_rows, verify_rows, verify_streaming
+from export._cli import CommandError
 from scripts.estimates import (
+    EXPORT_BASE_BYTES,
+    PORTION_WEIGHTS,
+    VERIFY_ACTIVATION_BYTES,
+    VERIFY_POSITIONS,
     Workload,
     activation_bytes,
     estimate_disk,
     estimate_memory,
     estimate_ram,
+    export_ram,
     gguf_bytes,
+    verification_ram,
 )
 from scripts.machine import Machine
 from scripts.model_shape import ModelShape
@@ -106,13 +115,80 @@ def test_a_large_vocabulary_shows_in_the_held_out_pass():
 
 
 def test_ram_of_later_stages():
-    stages = estimate_ram(MISTRAL, TrainingRecipe(), T4, 2048)
-    assert set(stages) == {"training", "export", "verification"}
-    assert stages["verification"] > 4 * MISTRAL.parameters.total  # its reference is float32
-    assert stages["export"] < 3e9  # one matrix at a time
-    assert "training" not in estimate_ram(SMOL, TrainingRecipe(), CPU, 2048)
-    # measured: conversion of a TinyLlama-size model peaks at 0.74 GB
-    assert 0.74e9 < estimate_ram(TINY_LLAMA, TrainingRecipe(), CPU, 1)["export"] < 2e9
+    stages = estimate_ram(MISTRAL, TrainingRecipe(), T4, 2048, ["Q4_K_M"])
+    assert stages == {
+        "training": stages["training"],
+        "export": export_ram(MISTRAL, 2),
+        "verification": verification_ram(MISTRAL, ["Q4_K_M"]),
+    }
+    assert "training" not in estimate_ram(SMOL, TrainingRecipe(), CPU, 2048, ["Q4_K_M"])
+    assert set(estimate_ram(SMOL, TrainingRecipe(), CPU, 2048, [])) == {"evaluation"}
+
+
+# All processes of an export together, two threads: models of 26 M and 1.1 to 1.2 B weights.
+TINY = ModelShape(256, 2, 4, 2, 64, 512, 49152, False, 5 * 256)
+
+
+@pytest.mark.parametrize(("shape", "measured"), [(TINY, 0.51e9), (TINY_LLAMA, 0.69e9)])
+def test_export_ram_is_as_measured(shape, measured):
+    assert export_ram(shape, 2) == pytest.approx(measured, rel=0.3)
+
+
+def test_export_ram_is_that_of_a_few_portions():
+    assert export_ram(MISTRAL, 2) < 1e9  # far below one 16-bit copy of 14.5 GB
+    deeper = dataclasses.replace(MISTRAL, layers=320, intermediate=140_000)
+    assert export_ram(deeper, 2) == export_ram(MISTRAL, 2)
+    wider = dataclasses.replace(MISTRAL, heads=64)  # q as it was and as it will be, in float32
+    assert export_ram(wider, 2) - export_ram(MISTRAL, 2) == 2 * 4 * 4096 * 4096
+    assert export_ram(MISTRAL, 16) - export_ram(MISTRAL, 2) == 14 * 3 * (4 << 20)
+
+
+def export_check_says(monkeypatch, shape, threads, available):
+    """Ask the export's own check, which knows the real tensors; give what it needs."""
+    told = {}
+    tensors = [
+        SimpleNamespace(shape=(shape.q_width, shape.hidden), weight=None),
+        SimpleNamespace(shape=(shape.vocab, shape.hidden), weight=object()),
+    ]
+    monkeypatch.setattr(stream_gguf, "say", told.update)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    stream_gguf._check_memory(SimpleNamespace(tensors=tensors), threads)
+    return told["memory"]
+
+
+@pytest.mark.parametrize("threads", [2, 64])
+@pytest.mark.parametrize("shape", [SMOL, TINY_LLAMA, MISTRAL])
+def test_what_preflight_passes_the_export_does_not_refuse(monkeypatch, shape, threads):
+    enough = export_ram(shape, threads)
+    needed = export_check_says(monkeypatch, shape, threads, enough)
+    assert needed <= enough
+    with pytest.raises(CommandError, match="not enough memory: the export needs"):
+        export_check_says(monkeypatch, shape, threads, needed - 1)
+    # the same terms, beside a base that holds the parent process as well
+    assert enough - needed == EXPORT_BASE_BYTES - stream_gguf._LIBRARY_BYTES
+
+
+def test_numbers_of_other_folders_are_those_of_the_code():
+    assert PORTION_WEIGHTS == stream_rows.PORTION_WEIGHTS
+    assert VERIFY_POSITIONS == verify_rows.DEFAULT_MAX_TOKENS
+    assert VERIFY_ACTIVATION_BYTES == verify_streaming._ACTIVATION_BYTES
+
+
+def test_verification_ram_is_that_of_a_layer_not_of_the_model():
+    # 218 M weights in a layer of Mistral: two times 0.87 GB; in one of SmolLM2 3.5 M
+    assert verification_ram(MISTRAL, ["F16"]) == 900_000_000 + 2 * 4 * 218_103_808
+    assert verification_ram(SMOL, ["F16"]) == 900_000_000 + (256 << 20) + 4 * 3_538_944
+    assert verification_ram(MISTRAL, ["F16"]) < 4 * MISTRAL.parameters.total / 10
+    deeper = dataclasses.replace(MISTRAL, layers=64)
+    assert verification_ram(deeper, ["F16"]) == verification_ram(MISTRAL, ["F16"])
+
+
+def test_llama_cpp_rearranges_some_types_into_a_copy():
+    mapped = verification_ram(MISTRAL, ["F16", "Q8_0"])  # 14.5 and 7.7 GB that need no memory
+    copied = verification_ram(MISTRAL, ["F16", "Q8_0", "Q4_K_M", "Q4_K_S"])  # one at a time
+    assert mapped < copied == 900_000_000 + gguf_bytes(MISTRAL, "Q4_K_M")
+    # measured: 0.53 GB for a Q4_0 of 0.69 GB (1.17 B weights), 0.04 GB for a Q8_0 of 1.25 GB
+    assert gguf_bytes(TINY_LLAMA, "Q4_0") == pytest.approx(0.53e9, rel=0.3)
 
 
 def test_padding_counts_and_end_to_end_does_not():
@@ -137,19 +213,40 @@ def test_gguf_sizes(shape, kind, written):
 
 def test_unknown_type_is_priced_as_f16():
     assert gguf_bytes(SMOL, "IQ9_Z") == gguf_bytes(SMOL, "F16") > gguf_bytes(SMOL, "q8_0")
+    assert gguf_bytes(SMOL, "F32") > 4 * SMOL.parameters.total > gguf_bytes(SMOL, "BF16")
 
 
-def test_disk_counts_all_copies():
-    recipe = TrainingRecipe(model_name_or_path="org/tiny", save_total_limit=2)
-    disk = estimate_disk(TINY_LLAMA, recipe, ["F16", "Q4_K_M"])
-    assert set(disk.quantized) == {"Q4_K_M"}
+DOWNLOADED = TrainingRecipe(model_name_or_path="org/tiny", save_total_limit=2)
+
+
+def test_disk_counts_the_download_and_the_files_that_are_asked_for():
+    disk = estimate_disk(TINY_LLAMA, DOWNLOADED, ["Q4_K_M"])
     assert disk.downloads == {"org/tiny": 2 * 1_100_048_384}
-    # the merged copy goes before quantizing, so the peak is F16 and the larger of the two
-    assert disk.export_peak == disk.f16 + disk.merged
-    needs = disk.by_purpose()
-    assert 6.6e9 < sum(needs.values()) < 8e9  # four copies: 2.2 + 2.2 + 2.2, quantized in its place
-    many = estimate_disk(TINY_LLAMA, recipe, ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
-    assert many.export_peak == many.f16 + sum(many.quantized.values()) > disk.export_peak
+    assert disk.quantized == {"Q4_K_M": gguf_bytes(TINY_LLAMA, "Q4_K_M")}
+    # an export of 1.2 B weights wrote 717,400,000 bytes, and nothing else
+    assert disk.export_peak == pytest.approx(0.7174e9 * 1.1 / 1.17, rel=0.05)
+    many = estimate_disk(TINY_LLAMA, DOWNLOADED, ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
+    assert many.export_peak == sum(many.quantized.values()) > disk.export_peak
+
+
+def test_f16_counts_where_it_is_asked_for_and_only_there():
+    without, with_f16 = (
+        estimate_disk(TINY_LLAMA, DOWNLOADED, kinds) for kinds in (["Q8_0"], ["Q8_0", "F16"])
+    )
+    assert with_f16.export_peak - without.export_peak == gguf_bytes(TINY_LLAMA, "F16")
+    assert "F16" not in without.quantized
+
+
+def test_verification_needs_its_scratch_beside_the_files():
+    disk = estimate_disk(SMOL, DOWNLOADED, ["Q8_0"])
+    assert disk.verification == 2048 * 49152 * 4  # 0.4 GB
+    assert disk.verification_peak == disk.export_peak + disk.verification
+    assert disk.by_purpose()["run"] == disk.adapter + disk.verification_peak
+    two = estimate_disk(SMOL, DOWNLOADED, ["Q8_0", "F16"])  # one command, one reference
+    assert two.verification == disk.verification
+    training_only = estimate_disk(SMOL, DOWNLOADED, [])
+    assert (training_only.verification_peak, training_only.quantized) == (0, {})
+    assert training_only.by_purpose()["run"] == training_only.adapter
 
 
 def test_a_quantized_mirror_costs_two_downloads():
