@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export._cli import FAILED, MODEL, OK, USAGE, CommandError, log, run_command
-from export._files import os_errors_told, sha256_file, working_dir
+from export._files import os_errors_told, sha256_file, working_dir, write_atomically
 from export._process import run_checked
 from export.adapter_files import WEIGHTS_NAME, Adapter, LoraModule, read_adapter
 from export.base_model import BaseModel, load_base
 from export.converter import find_converter
 from export.gguf_metadata import MetadataValue, gguf_metadata
 from export.merged_weights import HEAD, plan_weights, row_blocks
-from export.modelfile import read_chat_format
+from export.modelfile import modelfile, read_chat_format
 from export.run_facts import read_run_facts
 from export.safetensors_file import TensorInfo, read_rows
+from export.tokenizer_files import tokenizer_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,7 @@ LORA_TYPES = ("F32", "F16", "BF16", "Q8_0")
 DEFAULT_TYPE = "F16"
 # A factor nearer to 1 than one rounding of float32 is 1, and B keeps its bits.
 _FLOAT32_NOISE = 2.0**-23
+MODELFILE = "Modelfile"
 _LARGEST = {"F16": 65504.0, "Q8_0": 65504.0}
 
 
@@ -54,6 +56,7 @@ def export_lora_gguf(
     base_dir: Path | None = None,
     type_name: str = DEFAULT_TYPE,
     name: str | None = None,
+    base_gguf: Path | None = None,
 ) -> Adapter:
     """Write an adapter as a LoRA GGUF, under a temporary name until it is whole.
 
@@ -63,6 +66,7 @@ def export_lora_gguf(
         base_dir: The base, when the one that the adapter names is not to be used.
         type_name: One of `LORA_TYPES`.
         name: `general.name`; by default made of the base's name and the run's.
+        base_gguf: The base as GGUF; then an Ollama `Modelfile` of the two is written beside `output`.
 
     Returns:
         What was exported.
@@ -91,6 +95,11 @@ def export_lora_gguf(
         run_checked(command, "conversion of the adapter")
         _write_named(folder / "raw.gguf", folder / "named.gguf", keys, adapter)
         os.replace(folder / "named.gguf", output)
+    if base_gguf is not None:
+        chat = read_chat_format(tokenizer_sources(adapter_dir, base.path), base.path)
+        source = os.path.relpath(base_gguf, output.parent)
+        text = modelfile(source, chat, read_run_facts(adapter_dir, base), output.name)
+        write_atomically(output.parent / MODELFILE, text)
     return adapter
 
 
@@ -270,6 +279,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "16-bit base (default: the one the adapter names)"
     parser.add_argument("--base", type=Path, metavar="DIR", help=text)
     parser.add_argument("--name", help="general.name (default: after the base and the run)")
+    text = "the base as GGUF: write an Ollama Modelfile of both beside the output"
+    parser.add_argument("--modelfile", type=Path, metavar="BASE_GGUF", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -282,10 +293,19 @@ def main(argv: list[str] | None = None) -> int:
     if output.is_dir() or output.suffix != ".gguf":
         what = "is a folder" if output.is_dir() else "does not end in .gguf"
         raise CommandError(f"--output '{output}' {what}; expected a file to write: NAME.gguf")
-    if output.exists() and not args.overwrite:
-        raise CommandError(f"output '{output}' exists; replace it: --overwrite", USAGE)
+    made = [output, output.parent / MODELFILE] if args.modelfile else [output]
+    taken = [path for path in made if path.exists()]
+    if taken and not args.overwrite:
+        raise CommandError(f"output '{taken[0]}' exists; replace it: --overwrite", USAGE)
+    if args.modelfile and not args.modelfile.is_file():
+        raise CommandError(f"--modelfile '{args.modelfile}' is no file; expected a GGUF", USAGE)
     adapter = export_lora_gguf(
-        args.adapter_dir, output, base_dir=args.base, type_name=args.type, name=args.name
+        args.adapter_dir,
+        output,
+        base_dir=args.base,
+        type_name=args.type,
+        name=args.name,
+        base_gguf=args.modelfile,
     )
     ranks = sorted({module.rank for module in adapter.modules.values()})
     rank = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"

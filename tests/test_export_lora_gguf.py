@@ -123,10 +123,11 @@ def files(untied_dir, tmp_path_factory) -> dict[str, Path]:
         output = root / "rslora/out/lora.gguf"
         output.parent.mkdir()
         output.write_bytes(b"old")
+        (root / "there.gguf").touch()
         arguments = [str(adapters["rslora"]), "--output", str(output), "--overwrite"]
         done = subprocess.run(
             [sys.executable, "-m", "export.export_lora_gguf", *arguments, "--base",
-             str(untied_dir), "--name", "Mine"],
+             str(untied_dir), "--name", "Mine", "--modelfile", str(root / "there.gguf")],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         told = [done.returncode, done.stdout, done.stderr]
@@ -225,7 +226,9 @@ def test_command_replaces_a_file_and_tells_its_path_and_size(files):
     code, stdout, stderr = json.loads((output.parent.parent / "told.json").read_text())
     assert (code, stdout) == (0, f"{output}\n"), stderr
     assert stderr == "LoRA GGUF: 0.06 MB, rank 8, 6 modules, F16\n"
-    assert [path.name for path in output.parent.iterdir()] == ["lora.gguf"]
+    assert {path.name for path in output.parent.iterdir()} == {"lora.gguf", "Modelfile"}
+    text = (output.parent / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith("FROM ./../../there.gguf\nADAPTER ./lora.gguf\n")
 
 
 def test_metadata_tells_where_the_file_comes_from(files, untied_dir):
@@ -395,4 +398,6 @@ def test_failed_conversion_keeps_the_old_file(
         main([str(tiny_adapter_dir), "--output", str(output), "--overwrite"])
     assert caught.value.exit_code == FAILED
     assert output.read_bytes() == b"old"
-    assert [path.name for path in output.parent.iterdir()] == ["lora.gguf"]
+    assert {path.name for path in output.parent.iterdir()} == {"lora.gguf", "Modelfile"}
+    text = (output.parent / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith("FROM ./../../there.gguf\nADAPTER ./lora.gguf\n")
