@@ -35,7 +35,7 @@ __all__ = ["Imatrix", "check_imatrix", "compute_imatrix", "quantize_metadata", "
 
 # llama.cpp's tools/perplexity/README.md finds no consistent gain beyond 10,000 tokens (Q2_K of
 # Llama 3 8B: mean KL 0.331 with 10k, 0.331 to 0.337 with up to 10M); chat rows are more mixed.
-DEFAULT_MAX_TOKENS = 50_000
+DEFAULT_MAX_TOKENS = 10_000
 MIN_TOKENS = 16  # fewer in one pass are no data to llama-imatrix, nor to us
 DEFAULT_TIMEOUT_SECONDS = 4 * 3600.0
 _SEED = 0

@@ -1,6 +1,7 @@
 """The single pass gives the bytes of the stock chain, whatever the type, and reads the base once."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,10 +124,7 @@ def test_value_too_large_for_the_type_is_named(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    base = tmp_path / "base"
-    base.mkdir()
-    for path in tiny_model_dir.iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
     tensors = {k: v.float() for k, v in load_file(base / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
     save_file(tensors, base / "model.safetensors")
@@ -169,10 +167,7 @@ def test_killed_child_is_one_line(tiny_adapter_dir: Path, tmp_path: Path) -> Non
 def test_architecture_without_a_gguf_form_is_named(
     tiny_adapter_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for path in tiny_model_dir.iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = ["NobodyForCausalLM"]
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
