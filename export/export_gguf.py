@@ -184,9 +184,16 @@ def export_close_enough(
             hashes = write_files(
                 plan.inputs, plan.metadata, {type_name: path}, plan.imatrix, n_threads
             )
-            made[type_name] = (path, hashes[type_name])
             mean = measure_kl(path, logits, n_threads=n_threads).mean
             log(f"{type_name}: {path.stat().st_size / 1e6:.1f} MB, mean KL divergence {mean:.4g}")
+            if mean <= limit:
+                # The menu is halved towards smaller files: this one replaces the one before.
+                for larger, _ in made.values():
+                    larger.unlink()
+                made.clear()
+                made[type_name] = (path, hashes[type_name])
+            else:
+                path.unlink()
             return mean
 
         chosen = choose_by_kl(menu, limit, request is not None, measure)

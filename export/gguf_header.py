@@ -9,7 +9,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,14 @@ MEANT_TYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor; `shape` as ggml has it, the row width first."""
+    """One tensor; `shape` as ggml has it, the row width first; `begin` is its place in the file."""
 
     name: str
     shape: tuple[int, ...]
     type_name: str
     num_weights: int
     num_bytes: int
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,12 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> GgufHeader:
         for length in shape:
             weights *= length
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        tensors.append(GgufTensor(name, shape, kind.name, weights, weights // block * block_bytes))
-        end = max(end, offset + tensors[-1].num_bytes)
+        num_bytes = weights // block * block_bytes
+        tensors.append(GgufTensor(name, shape, kind.name, weights, num_bytes, offset))
+        end = max(end, offset + num_bytes)
     alignment = int(metadata.get("general.alignment", 32))
     data_start = -(-cursor.at // alignment) * alignment
     if data_start + end > size and tensors:
         raise ValueError(f"{size} bytes, its tensors need {data_start + end}")
-    return GgufHeader(path, size, metadata, tuple(tensors))
+    placed = tuple(replace(tensor, begin=data_start + tensor.begin) for tensor in tensors)
+    return GgufHeader(path, size, metadata, placed)

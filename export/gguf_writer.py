@@ -5,7 +5,7 @@ Runs in the child process of export.export_gguf, with the `gguf` package of llam
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,23 @@ from export.lazy_convert import Converted
 
 if TYPE_CHECKING:
     pass
+
+
+def tensor_bytes(converted: Converted, names: Mapping[str, str]) -> list[int]:
+    """Give the bytes of each tensor, in order, from ggml's name of its type."""
+    import gguf
+
+    sizes = []
+    for tensor in converted.tensors:
+        kind = gguf.GGMLQuantizationType[names[tensor.name].upper()]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        sizes.append(math.prod(tensor.shape) // block * block_bytes)
+    return sizes
+
+
+def padded(sizes: Iterable[int], alignment: int) -> int:
+    """Sum up tensors that each begin at a multiple of `alignment`."""
+    return sum(size + -size % alignment for size in sizes)
 
 
 class GgufFile:
@@ -27,7 +44,7 @@ class GgufFile:
 
     Attributes:
         kinds: ggml's type numbers, in the order of the tensors.
-        sizes: Bytes of each tensor, in that order.
+        header: Bytes before the first tensor; the same for every type.
         total: Bytes of the whole file.
         written: Bytes so far.
     """
@@ -46,28 +63,27 @@ class GgufFile:
         self.path, self.type_name = path, type_name
         types = [gguf.GGMLQuantizationType[names[t.name].upper()] for t in converted.tensors]
         self.kinds = [int(kind) for kind in types]
-        self.sizes = []
+        sizes = tensor_bytes(converted, names)
         writer = gguf.GGUFWriter(path, converted.architecture)
         writer.kv_data = [{**converted.metadata, **(more or {})}]
         writer.remove_key("general.file_type")
         prefix = "ALL_" if type_name == "F32" else "MOSTLY_"
         writer.add_file_type(int(gguf.LlamaFileType[prefix + type_name]))
-        for tensor, kind in zip(converted.tensors, types, strict=True):
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            self.sizes.append(math.prod(tensor.shape) // block * block_bytes)
+        for tensor, kind, size in zip(converted.tensors, types, sizes, strict=True):
             writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), self.sizes[-1], raw_dtype=kind
+                tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        self._alignment = writer.data_alignment
+        self.alignment = writer.data_alignment
         self._digest = hashlib.sha256(path.read_bytes())
         self.written = path.stat().st_size
         self._stream = path.open("ab")
         self.pad()
-        self.total = self.written + sum(size + -size % self._alignment for size in self.sizes)
+        self.header = self.written
+        self.total = self.header + padded(sizes, self.alignment)
 
     def append(self, data: memoryview | bytes) -> None:
         """Append bytes of the tensor at hand."""
@@ -77,7 +93,7 @@ class GgufFile:
 
     def pad(self) -> None:
         """Fill up to where the next tensor begins."""
-        self.append(bytes(-self.written % self._alignment))
+        self.append(bytes(-self.written % self.alignment))
 
     def make_room(self) -> None:
         """Give the file its whole length without writing: a sparse file, for planning."""

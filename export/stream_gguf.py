@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from export._cli import FAILED, MODEL, OK, CommandError, run_command
 from export._files import os_errors_told
 from export.adapter_options import Inputs, open_inputs
-from export.gguf_writer import GgufFile
+from export.gguf_writer import GgufFile, padded, tensor_bytes
 from export.lazy_convert import Converted, convert_lazily, use_vendored_gguf
 from export.merge_adapter import check_changed
 from export.stream_rows import PORTION_WEIGHTS, stream_rows
@@ -66,11 +66,11 @@ def run_job(job: Mapping[str, Any]) -> None:
     types = list(job.get("files") or job["types"])
     plans = _plan(converted, types, imatrix is not None or bool(job.get("has_imatrix")))
     if job["mode"] == "plan":
-        say(plan={name: _describe(converted, name, plan) for name, plan in plans.items()})
+        say(plan={name: _describe(converted, plan) for name, plan in plans.items()})
         return
     threads = job["n_threads"] or _num_cores()
     _check_memory(converted, threads)
-    _check_space(converted, {Path(job["files"][name]): plan for name, plan in plans.items()})
+    _check_space({Path(job["files"][name]): plan.total for name, plan in plans.items()})
     files = [
         GgufFile(
             converted,
@@ -112,19 +112,19 @@ def _check_memory(converted: Converted, n_threads: int) -> None:
         )
 
 
-def _check_space(converted: Converted, plans: Mapping[Path, TypePlan]) -> None:
+def _check_space(files: Mapping[Path, int]) -> None:
     """Compare what the files will need, to the byte, with what is free.
 
     Raises:
         CommandError: Exit 1, naming the missing bytes.
     """
-    needed = sum(_describe(converted, "F32", plan)["bytes"] for plan in plans.values())
-    folder = next(iter(plans)).parent
+    needed = sum(files.values())
+    folder = next(iter(files)).parent
     free = shutil.disk_usage(folder).free
     say(needed=needed, free=free)
     if free < needed:
         raise CommandError(
-            f"not enough space in '{folder.parent}': {', '.join(path.name for path in plans)} "
+            f"not enough space in '{folder.parent}': {', '.join(path.name for path in files)} "
             f"need {needed} bytes, {free} are free, {needed - free} are missing "
             f"({(needed - free) / 1e9:.2f} GB). Free some, or use another disk: --output",
             FAILED,
@@ -176,7 +176,7 @@ def _read_imatrix(
 
 def _plan(converted: Converted, types: list[str], has_imatrix: bool) -> dict[str, TypePlan]:
     """Let llama.cpp choose, with a sparse file that takes no space."""
-    names = {tensor.name for tensor in converted.tensors}
+    names = [tensor.name for tensor in converted.tensors]
     with tempfile.TemporaryDirectory() as folder:
         skeleton = GgufFile(
             converted, Path(folder, "skeleton.gguf"), "F32", dict.fromkeys(names, "F32")
@@ -184,27 +184,27 @@ def _plan(converted: Converted, types: list[str], has_imatrix: bool) -> dict[str
         skeleton.make_room()
         plans = plan_types(skeleton.path, types, has_imatrix)
     for type_name, plan in plans.items():
-        if plan.tensors.keys() != names:
+        if plan.tensors.keys() != set(names):
             raise CommandError(
                 f"llama.cpp planned {len(plan.tensors)} of {len(names)} tensors for {type_name}; "
                 "its log has another form than this version expects. Set up again: "
                 "scripts/setup.sh",
                 FAILED,
             )
+        sizes = tensor_bytes(converted, plan.tensors)
+        plan.sizes = dict(zip(names, sizes, strict=True))
+        plan.total = skeleton.header + padded(sizes, skeleton.alignment)
     return plans
 
 
-def _describe(converted: Converted, type_name: str, plan: TypePlan) -> dict[str, Any]:
+def _describe(converted: Converted, plan: TypePlan) -> dict[str, Any]:
     """Give a file's exact size, and every tensor's, before it exists."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = GgufFile(converted, Path(folder, "header.gguf"), type_name, plan.tensors)
-        file.close()
     return {
-        "bytes": file.total,
+        "bytes": plan.total,
         "needs_imatrix": plan.needs_imatrix,
         "tensors": [
-            [tensor.name, list(reversed(tensor.shape)), plan.tensors[tensor.name].upper(), size]
-            for tensor, size in zip(converted.tensors, file.sizes, strict=True)
+            [t.name, list(reversed(t.shape)), plan.tensors[t.name].upper(), plan.sizes[t.name]]
+            for t in converted.tensors
         ],
     }
 

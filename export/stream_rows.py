@@ -6,6 +6,7 @@ size. Runs in the child process of export.export_gguf.
 
 import contextlib
 import errno
+import itertools
 import math
 import shutil
 from collections import deque
@@ -119,16 +120,19 @@ def _portions(
     converted: Converted, files: Sequence[GgufFile], imatrix: "Imatrix | None"
 ) -> Iterator[_Portion]:
     """Cut every tensor into portions, in the order of the files."""
+    kinds_of = [tuple(sorted({f.kinds[i] for f in files})) for i in range(len(converted.tensors))]
+    for tensor, kinds in zip(converted.tensors, kinds_of, strict=True):
+        _importance(imatrix, tensor, kinds)  # refuses, before anything takes time
     quantizer = GgmlQuantizer()
-    for kind in {kind for file in files for kind in file.kinds}:
+    for kind in set(itertools.chain(*kinds_of)):
         quantizer.prepare(kind)
     for index, tensor in enumerate(converted.tensors):
-        kinds = tuple(sorted({file.kinds[index] for file in files}))
+        kinds = kinds_of[index]
         width = tensor.shape[-1] if tensor.shape else 1
         # A stack of experts: each has an importance of its own.
         rows_each = tensor.shape[-2] if len(tensor.shape) > 1 else 1
         groups = math.prod(tensor.shape) // (width * rows_each)
-        importance = _importance(imatrix, tensor, kinds, groups, width)
+        importance = _importance(imatrix, tensor, kinds)
         whole = None if tensor.weight else tensor.read().reshape(groups, rows_each, width)
         for group in range(groups):
             for first, count in row_blocks(rows_each, PORTION_WEIGHTS // width):
@@ -146,18 +150,15 @@ def _portions(
 
 
 def _importance(
-    imatrix: "Imatrix | None",
-    tensor: GgufTensor,
-    kinds: Sequence[int],
-    groups: int,
-    width: int,
+    imatrix: "Imatrix | None", tensor: GgufTensor, kinds: Sequence[int]
 ) -> "np.ndarray | None":
+    """Give the importance of the columns, (groups, width), where there is one."""
     import gguf
     import numpy as np
 
     values = None if imatrix is None else imatrix.values.get(tensor.name)
-    if values is not None and values.size == groups * width:
-        return np.ascontiguousarray(values, dtype=np.float32).reshape(groups, width)
+    if values is not None and values.size == math.prod((*tensor.shape[:-2], tensor.shape[-1])):
+        return np.ascontiguousarray(values, dtype=np.float32).reshape(-1, tensor.shape[-1])
     needing = {gguf.GGMLQuantizationType(kind).name for kind in kinds} & _NEED_IMPORTANCE
     if needing and tensor.name not in _FREE_OF_IT:
         raise CommandError(

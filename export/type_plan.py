@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export._cli import FAILED, USAGE, CommandError
@@ -47,12 +47,21 @@ def parse_types(text: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
+@dataclass
 class TypePlan:
-    """The types of one file: ggml's name of the type by tensor, and whether it needs an imatrix."""
+    """The types of one file.
+
+    Attributes:
+        tensors: ggml's name of the type, by tensor.
+        needs_imatrix: llama.cpp refuses to make it without an importance matrix.
+        sizes: Bytes by tensor, once they are known.
+        total: Bytes of the whole file.
+    """
 
     tensors: dict[str, str]
     needs_imatrix: bool
+    sizes: dict[str, int] = field(default_factory=dict)
+    total: int = 0
 
 
 def plan_types(skeleton: Path, types: Iterable[str], has_imatrix: bool) -> dict[str, TypePlan]:

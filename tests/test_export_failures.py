@@ -17,28 +17,6 @@ def adapter_dir(tiny_adapter_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_adapter_dir, tmp_path / "tiny-run/adapter"))
 
 
-def run_child(patch: pytest.MonkeyPatch, before: str) -> None:
-    """Let the export's child process do something first."""
-    code = f"import sys; {before}; from export.stream_gguf import main; sys.exit(main())"
-    patch.setattr("export.stream_job.CHILD", ["-c", code])
-
-
-@pytest.mark.model
-def test_too_little_memory_is_told_before_the_first_byte(
-    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_child(
-        monkeypatch,
-        "import psutil, types; psutil.virtual_memory = lambda: types.SimpleNamespace(available=10**8)",
-    )
-    with pytest.raises(
-        CommandError, match=r"not enough memory: .* about 0\.\d GB, 0\.1 GB are available"
-    ) as caught:
-        export_adapter(adapter_dir, tmp_path / "gguf", ["Q8_0"])
-    assert caught.value.exit_code == FAILED
-    assert list((tmp_path / "gguf").iterdir()) == []
-
-
 def test_disk_that_fills_up_midway_names_the_missing_bytes(tmp_path: Path) -> None:
     from export.stream_rows import full_disk_told
 

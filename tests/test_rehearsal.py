@@ -87,6 +87,7 @@ class Rehearsal:
             "export": [
                 "export.export_gguf", str(self.adapter_dir), *base,
                 "--output", str(self.run_dir / "gguf"), "--quantization", ",".join(TYPES),
+                "--name", self.recipe.stem,
             ],
             "verify": [
                 "export.verify_gguf", str(self.gguf("Q8_0")), *base,

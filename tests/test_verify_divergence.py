@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from export._cli import USAGE, CommandError
-from export.gguf_header import _MEANT, GgufHeader, GgufTensor
+from export.gguf_header import MEANT_TYPES, GgufHeader, GgufTensor
 from export.plain_tokens import PlainTokenizer
 from export.verify_checks import check_divergence
 from export.verify_divergence import KlSummary, Positions, summarize
@@ -134,7 +134,7 @@ def test_perplexity_fails_only_where_that_is_certain() -> None:
 def test_every_type_has_a_limit_and_a_mixture() -> None:
     from gguf.constants import LlamaFileType
 
-    assert set(KL_LIMITS) == TYPES == set(_MEANT)
+    assert set(KL_LIMITS) == TYPES == set(MEANT_TYPES)
     # Fixed by contract.
     assert [KL_LIMITS[kind][0] for kind in ("F16", "Q8_0", "Q4_K_M")] == [1e-3, 5e-3, 0.05]
     assert all(first <= second for first, second in KL_LIMITS.values())
