@@ -7,7 +7,7 @@ it would write is kept as a list. Runs in a process of its own, because the conv
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,8 @@ class Converted:
     architecture: str
     metadata: dict[str, Any]
     tensors: list[GgufTensor]
-    used: set[str]
-    changed: set[str]
+    used: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
 
     def rows_of(self, tensor: GgufTensor, first: int, count: int | None) -> "np.ndarray":
         """Compute rows of a tensor that is a merged weight, and note what was used."""

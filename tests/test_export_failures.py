@@ -49,8 +49,17 @@ def test_changed_pre_tokenizer_is_explained(adapter_dir: Path, tmp_path: Path) -
 
 @pytest.mark.model
 def test_missing_template_is_told(
-    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_dir: Path,
+    tiny_export_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def write_files(inputs: object, metadata: object, files: dict, *more: object) -> dict:
+        shutil.copyfile(tiny_export_dir / "tiny-run-Q8_0.gguf", files["Q8_0"])
+        return {"Q8_0": "0" * 64}
+
+    monkeypatch.setattr("export.export_gguf.write_files", write_files)
     (adapter_dir / "chat_template.jinja").unlink()
     export_adapter(adapter_dir, tmp_path / "gguf", ["Q8_0"])
     assert "the tokenizer has no chat template" in capsys.readouterr().err

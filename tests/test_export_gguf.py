@@ -11,14 +11,17 @@ import pytest
 
 from export import stream_job
 from export._cli import FAILED, MODEL, USAGE, CommandError
+from export._files import sha256_file
+from export.adapter_options import open_inputs
 from export.converter import find_converter
 from export.export_gguf import main
 from export.gguf_header import read_gguf_header
-from export.type_plan import parse_types
+from export.type_plan import QUANTIZATION_TYPES, parse_types
 from tests.conftest import export_adapter, make_adapter
 
 pytestmark = pytest.mark.model
 TYPES = ["F16", "Q8_0", "Q4_K_M"]
+EIGHT = "tiny-run-Q8_0.gguf"
 EXPORTED = {
     *(f"tiny-run-{kind}.gguf" for kind in TYPES),
     "README.md",
@@ -32,6 +35,31 @@ def copied_dir(tiny_export_dir: Path, tmp_path: Path) -> Path:
     """The finished export, in a folder of its own."""
     ignored = shutil.ignore_patterns("certificate.json")
     return Path(shutil.copytree(tiny_export_dir, tmp_path / "gguf", ignore=ignored))
+
+
+@pytest.fixture
+def copies(tiny_export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let files be copies of the finished export, where it is not their content that matters.
+
+    Gives the types asked for, in order; what was not exported is a copy of Q8_0.
+    """
+    asked: list[str] = []
+
+    def write_files(inputs: object, metadata: object, files: dict, *more: object) -> dict:
+        for name, path in files.items():
+            source = tiny_export_dir / f"tiny-run-{name}.gguf"
+            shutil.copyfile(source if source.exists() else tiny_export_dir / EIGHT, path)
+        asked.extend(files)
+        return {name: sha256_file(path) for name, path in files.items()}
+
+    monkeypatch.setattr("export.export_gguf.write_files", write_files)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_adapter_dir: Path) -> dict:
+    """llama.cpp's plan of every type, asked once."""
+    return stream_job.plan_files(open_inputs(tiny_adapter_dir), [], QUANTIZATION_TYPES, False)
 
 
 def mtimes(folder: Path) -> dict[str, int]:
@@ -93,7 +121,11 @@ def test_missing_and_damaged_files_are_made_again_and_no_others(
 
 
 def test_changed_adapter_is_built_again(
-    tiny_model_dir: Path, copied_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path,
+    copied_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    copies: list[str],
 ) -> None:
     other = make_adapter(tmp_path / "tiny-run/adapter", tiny_model_dir, seed=9)
     before = mtimes(copied_dir)
@@ -182,9 +214,10 @@ def test_menu_tells_sizes_and_writes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    planned: dict,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr("export.export_gguf.plan_files", lambda *_: planned)
     assert main([str(tiny_adapter_dir), "--list"]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     for kind in TYPES:
@@ -196,8 +229,14 @@ def test_menu_tells_sizes_and_writes_nothing(
 
 
 def test_size_limit_picks_the_best_type_that_fits(
-    tiny_adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_adapter_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    planned: dict,
+    copies: list[str],
 ) -> None:
+    monkeypatch.setattr("export.export_gguf.plan_files", lambda *_: planned)
     arguments = [str(tiny_adapter_dir), "--output", str(tmp_path), "--name", "m"]
     assert main([*arguments, "--max-size", "16.9MB"]) == 0
     (path,) = capsys.readouterr().out.splitlines()
@@ -238,8 +277,11 @@ def test_divergence_limit_keeps_the_smallest_file_that_is_close_enough(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    planned: dict,
+    copies: list[str],
 ) -> None:
-    monkeypatch.setattr("export.export_gguf.QUANTIZATION_TYPES", ("Q8_0", "Q4_K_M", "Q2_K"))
+    some = {name: planned[name] for name in ("Q8_0", "Q4_K_M", "Q2_K")}
+    monkeypatch.setattr("export.export_gguf.plan_files", lambda *_: some)
     arguments = [str(tiny_adapter_dir), "--output", str(tmp_path), "--name", "m"]
     assert main([*arguments, "--max-kld", "0.0009"]) == 0
     out, err = capsys.readouterr()
@@ -248,5 +290,6 @@ def test_divergence_limit_keeps_the_smallest_file_that_is_close_enough(
     assert len(measured) >= 2
     assert float(measured[path.stem.removeprefix("m-")]) <= 0.0009
     assert any(float(value) > 0.0009 for value in measured.values())
+    assert len(copies) == len(set(copies)) == len(measured)
     # The candidates that were not chosen are gone.
     assert [file.name for file in tmp_path.glob("**/*.gguf")] == [path.name]

@@ -5,10 +5,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
+from export import stream_rows
 from export._cli import FAILED, MODEL, USAGE, CommandError
 from export.adapter_options import Inputs, open_inputs
+from export.ggml_quantize import GgmlQuantizer
+from export.lazy_convert import Converted, GgufTensor
 from export.stream_job import write_files
 from tests.conftest import make_adapter, make_tiny_model
 from tests.stock_chain import differing_tensors, read_tensors, stock_chain
@@ -61,8 +66,6 @@ def test_other_types_are_those_of_the_stock_chain(
 def test_importance_matrix_counts_as_in_the_stock_chain(
     tiny_adapter_dir: Path, stock: dict[str, Path], tmp_path: Path
 ) -> None:
-    import numpy as np
-
     from export.imatrix_file import read_imatrix, write_imatrix
     from tests.stock_chain import quantize
 
@@ -108,26 +111,33 @@ def test_rows_that_are_no_multiples_of_256_fall_back_as_in_the_stock_chain(
     assert kinds["output.weight"] == "Q8_0"
 
 
-def test_low_bit_types_need_an_importance_matrix(tiny_adapter_dir: Path, tmp_path: Path) -> None:
-    inputs = open_inputs(tiny_adapter_dir)
+def test_low_bit_types_need_an_importance_matrix() -> None:
+    tensor = GgufTensor("blk.0.ffn_up.weight", (512, 256), None, None)
+    kinds = gguf.GGMLQuantizationType
     with pytest.raises(CommandError, match=r"IQ2_XS would be noise.*--imatrix auto") as caught:
-        write(inputs, tmp_path, ["IQ2_XS"])
+        stream_rows._importance(None, tensor, [kinds.Q4_K, kinds.IQ2_XS])
     assert caught.value.exit_code == USAGE
+    assert stream_rows._importance(None, tensor, [kinds.Q4_K, kinds.IQ4_XS]) is None
+    embedding = GgufTensor("token_embd.weight", (512, 256), None, None)
+    assert stream_rows._importance(None, embedding, [kinds.IQ2_XS]) is None
 
 
-def test_value_too_large_for_the_type_is_named(
-    tiny_adapter_dir: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
+def test_value_too_large_for_the_type_is_named() -> None:
+    rows = np.zeros((2, 256), dtype=np.float32)
+    rows[1, 5] = 1e6
+    converted = Converted("llama", {}, [GgufTensor("blk.1.ffn_up.weight", (2, 256), None, None)])
+    kinds = gguf.GGMLQuantizationType
 
-    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
-    tensors = {k: v.float() for k, v in load_file(base / "model.safetensors").items()}
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
-    save_file(tensors, base / "model.safetensors")
-    inputs = open_inputs(tiny_adapter_dir, base)
+    def portion(kind: int) -> stream_rows._Portion:
+        return stream_rows._Portion(converted, GgmlQuantizer(), 0, 0, 2, True, (kind,), rows, None)
+
     with pytest.raises(CommandError, match=r"'blk.1.ffn_up.weight'.*too large for F16") as caught:
-        write(inputs, tmp_path, ["BF16", "F16"])
+        portion(int(kinds.F16)).make()
     assert caught.value.exit_code == MODEL
+    assert len(portion(int(kinds.BF16)).make()[int(kinds.BF16)]) == 2 * 256 * 2
+    rows[0, 0] = np.nan
+    with pytest.raises(CommandError, match=r"'blk.1.ffn_up.weight' holds NaN"):
+        portion(int(kinds.BF16)).make()
 
 
 def test_full_disk_and_lack_of_memory_are_told_before_the_first_byte(
