@@ -14,6 +14,7 @@ from typing import Any
 
 from export._cli import MODEL, CommandError, log
 from export.adapter_files import Adapter
+from export.base_card import public_name, read_card
 from export.safetensors_file import TensorInfo, read_header
 
 _HEAD_BYTES = 1 << 20
@@ -66,7 +67,11 @@ def load_base(adapter: Adapter, override: Path | None = None) -> BaseModel:
     tensors = read_tensor_index(model_dir)
     _refuse_quantized(model_dir, config, tensors)
     base = BaseModel(
-        model_dir, _public_name(model_dir, name), config, tensors, base_fingerprint(model_dir)
+        model_dir,
+        public_name(model_dir, _BNB_SUFFIX.sub("", name), read_card(model_dir)),
+        config,
+        tensors,
+        base_fingerprint(model_dir),
     )
     check_provenance(adapter, base)
     return base
@@ -196,19 +201,3 @@ def check_provenance(adapter: Adapter, base: BaseModel) -> None:
             "--base DIR",
             MODEL,
         )
-
-
-def front_matter(model_dir: Path) -> dict[str, str]:
-    """Give the plain `key: value` lines of README.md's YAML front matter."""
-    path = model_dir / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    lines = re.findall(r"^([\w-]+): *([^\s\[{|>&#].*)$", match[1] if match else "", re.MULTILINE)
-    return {key: value.strip().strip("'\"") for key, value in lines}
-
-
-def _public_name(model_dir: Path, name: str) -> str:
-    """Name the base as the hub knows it, for cards; a local path means nothing elsewhere."""
-    if name and not Path(name).exists() and _HUB_NAME.match(name):
-        return _BNB_SUFFIX.sub("", name)
-    return front_matter(model_dir).get("base_model", model_dir.resolve().name)

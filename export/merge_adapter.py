@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from export._cli import FAILED, MODEL, OK, USAGE, CommandError, log, run_command
 from export._files import os_errors_told, working_dir, write_json
 from export.adapter_options import Inputs, add_adapter_options, read_inputs
-from export.base_model import BaseModel, front_matter, read_json
+from export.base_card import read_card
+from export.base_model import BaseModel, read_json
 from export.merged_weights import MergedModel, MergedWeight, row_blocks
 from export.safetensors_file import FLOAT_BYTES, TensorInfo, read_rows
 from export.tokenizer_files import copy_tokenizer
@@ -107,8 +108,8 @@ def _write_model(inputs: Inputs, target_dir: Path) -> None:
 
 def _card(base: BaseModel) -> str:
     """Write the front matter that hub tools read licence and base from."""
-    license_name = front_matter(base.path).get("license")
-    lines = [f"license: {license_name}"] if license_name else []
+    license_name = read_card(base.path).get("license")
+    lines = [f"license: {license_name}"] if isinstance(license_name, str) and license_name else []
     if "/" in base.name:
         lines.append(f"base_model: {base.name}")
     return "\n".join(["---", *lines, "tags:", "- text-generation", "---", ""])

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from export._cli import MODEL, CommandError, log
-from export.base_model import BaseModel, front_matter, read_json, read_provenance
+from export.base_card import bare_name, is_hub_name, public_name, read_card
+from export.base_model import BaseModel, read_json, read_provenance
 from export.naming import run_name_of
 
 HUB_URL = "https://huggingface.co"
@@ -27,10 +28,6 @@ SAMPLING_KEYS = {
     "penalty_repeat": "repetition_penalty",
 }
 _TOLD_VERSIONS = ("unsloth", "transformers", "trl", "peft", "torch")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-_LOCAL_STARTS = {"outputs", "models", "data", "datasets", "scripts", "checkpoints", "runs", "tests"}
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
-_CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
 _LANGUAGE = re.compile(r"[A-Za-z][\w-]{1,19}")
 
 
@@ -132,8 +129,8 @@ def read_run_facts(adapter_dir: Path, base: BaseModel) -> RunFacts:
     """
     run_dir = adapter_dir.resolve().parent
     provenance, recipe = read_provenance(adapter_dir), _read_recipe(run_dir / "recipe.yaml")
-    matter = _read_front_matter(base.path)
-    name = _public_name(base, matter)
+    matter = read_card(base.path)
+    name = public_name(base.path, base.name, matter)
     organization = name.partition("/")[0] if "/" in name else None
     repo_url = f"{HUB_URL}/{name}" if organization else None
     # Of a local folder, or of 4-bit weights, the recipe's revision says nothing about this base.
@@ -159,35 +156,6 @@ def read_run_facts(adapter_dir: Path, base: BaseModel) -> RunFacts:
     )
 
 
-def is_hub_name(name: str) -> bool:
-    """Tell ORG/NAME from a path, of which nothing may be published."""
-    return bool(
-        _HUB_NAME.fullmatch(name)
-        and name.partition("/")[0].lower() not in _LOCAL_STARTS
-        and not name.lower().endswith(_DATA_SUFFIXES)
-        and not Path(name).exists()
-    )
-
-
-def _public_name(base: BaseModel, matter: Mapping[str, Any]) -> str:
-    if is_hub_name(base.name):
-        return base.name
-    for folder in (base.path, *base.path.parents):
-        cached = _CACHED.fullmatch(folder.name)
-        if cached:
-            return f"{cached['org']}/{cached['name']}"
-    named = next(iter(_texts(matter, "base_model")), "")
-    if is_hub_name(named):
-        return named
-    return _bare(base.name) or base.path.resolve().name or "model"
-
-
-def _bare(name: str) -> str:
-    """Give the last part of a path of any system."""
-    last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-    return "" if last in (".", "..", "~") else last
-
-
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
@@ -204,21 +172,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CommandError(f"'{path}' holds a {type(content).__name__}, expected keys", MODEL)
     return content
-
-
-def _read_front_matter(model_dir: Path) -> Mapping[str, Any]:
-    """Read the base's card; others write those, so one that is no YAML is read line by line."""
-    import yaml
-
-    path = model_dir / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    try:
-        # Strings only: `language: no` is Norwegian, not false.
-        content = yaml.load(match[1] if match else "", Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        content = front_matter(model_dir)
-    return content if isinstance(content, dict) else {}
 
 
 def _license(
@@ -241,7 +194,7 @@ def _datasets(report: Mapping[str, Any]) -> tuple[Dataset, ...]:
     version = _text(report, "revision") or _text(report, "input_hash")
     hub = is_hub_name(name)
     tool_rows = _integer(report, "tool_rows") or None
-    return (Dataset(name if hub else _bare(name) or "rows", hub, version, tool_rows),)
+    return (Dataset(name if hub else bare_name(name) or "rows", hub, version, tool_rows),)
 
 
 def _lora(config: Mapping[str, Any]) -> LoraSettings:

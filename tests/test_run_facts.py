@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from export._cli import MODEL, CommandError
+from export.base_card import is_hub_name
 from export.gguf_metadata import gguf_metadata
 from export.run_facts import (
     DEFAULT_TEMPERATURE,
@@ -17,7 +18,6 @@ from export.run_facts import (
     LoraSettings,
     RunFacts,
     TrainingSettings,
-    is_hub_name,
     read_run_facts,
 )
 
