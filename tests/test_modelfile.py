@@ -21,6 +21,7 @@ from export.modelfile import (
 )
 from export.run_facts import RunFacts
 from tests.go_template import run_go
+from tests.published_templates import LLAMA_3, ZEPHYR
 
 # ruff: noqa: E501 (published templates are copied as they are)
 FACTS = RunFacts("run", "org/Base-1B", 10**9, license="apache-2.0")
@@ -46,21 +47,6 @@ QWEN = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-ZEPHYR = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>
-'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -85,14 +71,6 @@ MISTRAL_V3 = """{%- if messages[0]["role"] == "system" %}
     {%- endif %}
 {%- endfor %}
 """
-LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 # Llama 3.1 writes a system turn even where there is no system text.
 LLAMA_31 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
