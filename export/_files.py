@@ -47,6 +47,28 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_free_space(folder: Path, needed: int, what: str) -> int:
+    """Compare the bytes that an output needs with what is free; gives what is free.
+
+    Args:
+        folder: On the disk in question.
+        needed: Bytes.
+        what: Subject and verb, `the merged model needs`.
+
+    Raises:
+        CommandError: Exit 1, naming the missing bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CommandError(
+            f"not enough space in '{folder}': {what} {needed} bytes, {free} are free, "
+            f"{needed - free} are missing ({(needed - free) / 1e9:.2f} GB). Free some, or use "
+            "another disk: --output",
+            FAILED,
+        )
+    return free
+
+
 @contextlib.contextmanager
 def working_dir(parent: Path, label: str) -> Iterator[Path]:
     """Give an empty folder `.<label>-<pid>` inside `parent`, removed at the end, come what may.

@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from export._cli import FAILED, CommandError
@@ -37,12 +39,17 @@ def run_checked(command: list[str], what: str, cwd: Path | None = None) -> str:
     return done.stderr
 
 
-def child_environment() -> dict[str, str]:
-    """Give a child our environment, and quiet threads unless the user chose otherwise."""
-    return {**QUIET_THREADS, **os.environ}
+def child_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give a child our environment; quiet threads and `more` where the user chose nothing else."""
+    return {**QUIET_THREADS, **(more or {}), **os.environ}
 
 
-def last_words(text: str) -> str:
+def last_words(text: str, count: int = _NUM_ERROR_LINES) -> str:
     """Put the last lines of a child's output into one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-_NUM_ERROR_LINES:])
+    return " | ".join(lines[-count:])
+
+
+def how_it_ended(code: int) -> str:
+    """Put a child's exit code into words, or the signal that ended it."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -19,7 +19,7 @@ from export._cli import OK, USAGE, CommandError, log, run_command
 from export._files import os_errors_told, working_dir, write_atomically
 from export.adapter_options import add_adapter_options, read_inputs
 from export.base_model import read_json
-from export.export_imatrix import ImatrixRequest, ensure_imatrix, imatrix_inputs
+from export.export_imatrix import ImatrixRequest, ensure_imatrix
 from export.export_plan import Plan, make_plan
 from export.gguf_header import read_gguf_header
 from export.model_card import model_card, recommended_file
@@ -56,7 +56,7 @@ def export_gguf(
     """
     plan.output_dir.mkdir(parents=True, exist_ok=True)
     if request is not None:
-        plan.imatrix_inputs = imatrix_inputs(plan, request)
+        plan.imatrix_inputs = request.identity
     missing = plan.missing
     for type_name in plan.wanted:
         if type_name not in missing:
@@ -78,7 +78,7 @@ def _build(plan: Plan, types: Sequence[str], temporary_dir: Path, n_threads: int
     plan.check_free(types)
     started = time.monotonic()
     files = {name: temporary_dir / plan.path_of(name).name for name in types}
-    hashes = write_files(plan.inputs, plan.metadata, files, plan.imatrix, n_threads)
+    hashes = write_files(plan.inputs, plan.metadata, files, plan.imatrix_path, n_threads)
     log(
         f"wrote {', '.join(types)} in {time.monotonic() - started:.1f} s, in one pass over "
         f"{plan.inputs.base.name} ({len(plan.inputs.model.adapted)} adapted weights, each one "
@@ -103,23 +103,12 @@ def _publish(plan: Plan, type_name: str, made: Path, sha256: str) -> None:
         "inputs": plan.inputs_of(type_name),
     }
     if plan.imatrix is not None and type_name not in UNWEIGHTED_TYPES:
-        entry["imatrix"] = _about_imatrix(plan.imatrix)
+        keys = ("data_sha256", "rows", "tokens", "chunks")
+        entry["imatrix"] = {key: getattr(plan.imatrix, key) for key in keys}
     plan.record[path.name] = entry
     plan.built.add(type_name)
     plan.save_record()
     os.replace(made, path)
-
-
-def _about_imatrix(path: Path) -> dict[str, Any]:
-    from export.imatrix_file import read_imatrix
-
-    imatrix = read_imatrix(path)
-    return {
-        "data_sha256": imatrix.data_sha256,
-        "rows": imatrix.rows,
-        "tokens": imatrix.tokens,
-        "chunks": imatrix.chunks,
-    }
 
 
 def write_companions(plan: Plan) -> None:
@@ -176,13 +165,13 @@ def export_close_enough(
         reference_logits(adapter_dir, temporary_dir, base_dir=base_dir) as logits,
     ):
         if request is not None:
-            plan.imatrix_inputs = imatrix_inputs(plan, request)
+            plan.imatrix_inputs = request.identity
             plan.imatrix = ensure_imatrix(plan, request, temporary_dir, n_threads)
 
         def measure(type_name: str) -> float:
             path = temporary_dir / plan.path_of(type_name).name
             hashes = write_files(
-                plan.inputs, plan.metadata, {type_name: path}, plan.imatrix, n_threads
+                plan.inputs, plan.metadata, {type_name: path}, plan.imatrix_path, n_threads
             )
             mean = measure_kl(path, logits, n_threads=n_threads).mean
             log(f"{type_name}: {path.stat().st_size / 1e6:.1f} MB, mean KL divergence {mean:.4g}")

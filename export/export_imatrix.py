@@ -5,13 +5,13 @@ kept beside the GGUF files, and computed again only when its inputs change.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export._cli import USAGE, CommandError, log
 from export._files import sha256_file
 from export.export_plan import Plan
+from export.imatrix_file import Imatrix, read_imatrix
 from export.stream_job import write_files
 
 # The model that the rows are run through: the most exact one that is there, else this is made.
@@ -24,6 +24,12 @@ class ImatrixRequest:
 
     file: Path | None
     data: tuple[Path, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Tell what the matrix is, or is computed from; short, for the record of a file."""
+        paths = (self.file,) if self.file else self.data
+        return "imatrix-" + "-".join(sha256_file(path)[:16] for path in paths)
 
     @classmethod
     def parse(
@@ -54,22 +60,16 @@ class ImatrixRequest:
         return cls(None, (rows,))
 
 
-def imatrix_inputs(plan: Plan, request: ImatrixRequest) -> str:
-    """Identify what the matrix is, or is computed from; short, for the record of a file."""
-    paths: Sequence[Path] = (request.file,) if request.file else request.data
-    return "imatrix-" + "-".join(sha256_file(path)[:16] for path in paths)
-
-
 def ensure_imatrix(
     plan: Plan, request: ImatrixRequest, temporary_dir: Path, n_threads: int
-) -> Path:
-    """Give a file with the importance matrix, computed now unless it is there already.
+) -> Imatrix:
+    """Give the importance matrix, computed now unless its file is there already.
 
     Raises:
         CommandError: As `compute_imatrix`, and for a full disk.
     """
     if request.file is not None:
-        return request.file
+        return read_imatrix(request.file)
     from export.imatrix import compute_imatrix
 
     path = plan.output_dir / f"{plan.prefix}.imatrix"
@@ -77,7 +77,7 @@ def ensure_imatrix(
     known = plan.imatrix_record
     if known.get("inputs") == inputs and path.is_file() and known["sha256"] == sha256_file(path):
         log(f"kept {path.name}: its inputs did not change")
-        return path
+        return read_imatrix(path)
     source = next((plan.path_of(n) for n in _SOURCE_TYPES if plan.is_current(n)), None)
     if source is None:
         log("the importance matrix needs a model to run: making a Q8_0 for it")
@@ -92,4 +92,4 @@ def ensure_imatrix(
     plan.imatrix_record = {"file": path.name, "inputs": inputs, "sha256": sha256_file(made)}
     plan.save_record()
     os.replace(made, path)
-    return path
+    return replace(imatrix, path=path)

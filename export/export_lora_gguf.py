@@ -28,11 +28,11 @@ from export._process import run_checked
 from export.adapter_files import WEIGHTS_NAME, Adapter, LoraModule, read_adapter
 from export.base_model import BaseModel, load_base
 from export.converter import find_converter
-from export.gguf_metadata import MetadataValue, gguf_metadata
+from export.gguf_metadata import MetadataValue, gguf_metadata, value_type
 from export.merged_weights import HEAD, plan_weights, row_blocks
 from export.modelfile import modelfile, read_chat_format
 from export.run_facts import read_run_facts
-from export.safetensors_file import TensorInfo, read_rows
+from export.safetensors_file import TensorInfo, read_rows, write_header
 from export.tokenizer_files import tokenizer_sources
 
 if TYPE_CHECKING:
@@ -188,19 +188,14 @@ def _write_adapter(adapter: Adapter, alpha: float, folder: Path, largest: float)
     # Nothing but what was checked: the converter acts upon other keys (invocation_string) too.
     config = {"peft_type": "LORA", "r": adapter.config.rank, "lora_alpha": alpha}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    header: dict[str, object] = {}
-    end = 0
+    tensors = {}
     for module in adapter.modules.values():
         prefix = f"base_model.model.{module.weight_name.removesuffix('.weight')}"
         for part, info in (("A", module.a), ("B", module.b)):
             key = f"lora_embedding_{part}" if module.is_embedding else f"lora_{part}.weight"
-            begin, end = end, end + 4 * info.num_weights
-            entry = {"dtype": "F32", "shape": info.shape, "data_offsets": [begin, end]}
-            header[f"{prefix}.{key}"] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+            tensors[f"{prefix}.{key}"] = ("F32", info.shape, 4 * info.num_weights)
     with (folder / WEIGHTS_NAME).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        write_header(file, tensors)
         for module in adapter.modules.values():
             for values in (read_rows(module.a), _fold(module, alpha)):
                 if not (top := np.abs(values).max()) <= largest:
@@ -235,8 +230,7 @@ def _write_named(
     Raises:
         CommandError: Exit 1: the converter left out some of the adapter.
     """
-    from gguf import GGUFReader, GGUFWriter
-    from gguf import GGUFValueType as Kind
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(raw)
     expected = sum(m.a.num_weights + m.b.num_weights for m in adapter.modules.values())
@@ -253,9 +247,8 @@ def _write_named(
     for key, field in fields.items():
         if key.startswith("adapter.") or key in ("general.type", "general.quantization_version"):
             writer.add_key_value(key, field.contents(), field.types[0])
-    kinds = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.ARRAY}
     for key, value in keys.items():
-        writer.add_key_value(key, value, kinds.get(type(value), Kind.STRING), Kind.STRING)
+        writer.add_key_value(key, value, value_type(value), GGUFValueType.STRING)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()

@@ -19,6 +19,7 @@ from export.adapter_files import WEIGHTS_NAME
 from export.adapter_options import Inputs
 from export.base_model import read_json
 from export.gguf_metadata import MetadataValue, gguf_metadata
+from export.imatrix_file import Imatrix
 from export.lora_config import CONFIG_NAME
 from export.naming import VERSION, export_file_name, file_prefix
 from export.run_facts import RunFacts, read_run_facts
@@ -51,10 +52,15 @@ class Plan:
     record: dict[str, Any]
     wanted: list[str]
     overwrite: bool = False
-    imatrix: Path | None = None
+    imatrix: Imatrix | None = None
     imatrix_inputs: str = ""
     imatrix_record: dict[str, Any] = field(default_factory=dict)
     built: set[str] = field(default_factory=set)
+
+    @property
+    def imatrix_path(self) -> Path | None:
+        """Where the importance matrix is, once there is one."""
+        return self.imatrix.path if self.imatrix else None
 
     def path_of(self, type_name: str) -> Path:
         """Name the file of one type."""

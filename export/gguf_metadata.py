@@ -3,12 +3,27 @@
 In: `RunFacts`. Out: keys and values for the GGUF writer, nothing that was not recorded.
 """
 
+from typing import Any
+
 from export.naming import VERSION, base_of, model_name
 from export.run_facts import RunFacts
 
 TAGS = ("gguf", "lora", "tomeforge")
 
 MetadataValue = str | int | float | bool | list[str]
+
+
+def value_type(value: MetadataValue) -> Any:
+    """Give the `gguf.GGUFValueType` that a value is written as."""
+    from gguf import GGUFValueType
+
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT32,
+        list: GGUFValueType.ARRAY,
+    }
+    return kinds.get(type(value), GGUFValueType.STRING)
 
 
 def gguf_metadata(

@@ -8,9 +8,7 @@ Run: python -m export.imatrix GGUF --data ROWS.jsonl --output FILE.gguf [--max-t
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,17 +19,10 @@ from typing import Any
 
 from export._cli import MODEL, OK, TIMEOUT, USAGE, CommandError, log, run_command
 from export._files import os_errors_told
-from export._process import QUIET_THREADS
+from export._process import child_environment, how_it_ended, last_words
+from export.chat_rows import Messages, parse_messages
 from export.gguf_header import read_gguf_header
-from export.imatrix_file import (
-    Imatrix,
-    check_imatrix,
-    quantize_metadata,
-    read_imatrix,
-    write_imatrix,
-)
-
-__all__ = ["Imatrix", "check_imatrix", "compute_imatrix", "quantize_metadata", "read_imatrix"]
+from export.imatrix_file import Imatrix, read_imatrix, write_imatrix
 
 # llama.cpp's tools/perplexity/README.md finds no consistent gain beyond 10,000 tokens (Q2_K of
 # Llama 3 8B: mean KL 0.331 with 10k, 0.331 to 0.337 with up to 10M); chat rows are more mixed.
@@ -40,7 +31,6 @@ MIN_TOKENS = 16  # fewer in one pass are no data to llama-imatrix, nor to us
 DEFAULT_TIMEOUT_SECONDS = 4 * 3600.0
 _SEED = 0
 _EXPECTED_ROW = '{"messages": [{"role": "…", "content": "…"}, …]}'
-Messages = list[dict[str, str]]
 
 
 def compute_imatrix(
@@ -120,25 +110,11 @@ def _read_rows(paths: Iterable[Path]) -> Iterator[Messages]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
-                        yield _messages_of(json.loads(line))
+                        yield parse_messages(line)
                     except (ValueError, RecursionError) as error:
                         raise CommandError(
                             f"'{path}' line {number}: {error}; expected {_EXPECTED_ROW}", USAGE
                         ) from error
-
-
-def _messages_of(row: Any) -> Messages:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    kept = []
-    for turn in messages:
-        role, content = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, "")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError("a message without role or content")
-        content.encode("utf-8")  # half a surrogate pair is a ValueError too
-        kept.append({"role": role, "content": content})
-    return kept
 
 
 def _run_child(folder: Path, job: dict[str, Any], deadline: float) -> None:
@@ -154,7 +130,7 @@ def _run_child(folder: Path, job: dict[str, Any], deadline: float) -> None:
         child = subprocess.Popen(
             command,
             cwd=Path(__file__).parents[1],
-            env={**QUIET_THREADS, **os.environ},
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -174,17 +150,14 @@ def _run_child(folder: Path, job: dict[str, Any], deadline: float) -> None:
             child.wait()
     if child.returncode == 0:
         return
-    tail = [line.strip() for line in errors.read_text("utf-8", "replace").splitlines()]
-    tail = [line for line in tail if line][-5:]
-    if child.returncode in {USAGE, MODEL} and tail and tail[-1].startswith("error: "):
-        message = tail[-1].removeprefix("error: ")
-        raise CommandError(f"'{job['gguf']}': {message}", child.returncode)
-    how = f"exit code {child.returncode}"
-    if child.returncode < 0:
-        how = f"killed by {signal.Signals(-child.returncode).name}"
+    said = errors.read_text("utf-8", "replace")
+    message = last_words(said, 1)
+    if child.returncode in {USAGE, MODEL} and message.startswith("error: "):
+        raise CommandError(f"'{job['gguf']}': {message.removeprefix('error: ')}", child.returncode)
     raise CommandError(
         f"'{job['gguf']}' is unusable: llama.cpp failed while "
-        f"{_said(folder, 'phase') or 'starting'} ({how}): " + " | ".join(tail),
+        f"{_said(folder, 'phase') or 'starting'} ({how_it_ended(child.returncode)}): "
+        + last_words(said, 5),
         MODEL,
     )
 

@@ -25,7 +25,7 @@ _KEPT_GENERAL = ("architecture", "type", "alignment", "file_type", "quantization
 
 
 @dataclass
-class GgufTensor:
+class PlannedTensor:
     """One tensor of the file to be: name, shape (rows first), and where its values come from.
 
     Attributes:
@@ -62,11 +62,11 @@ class Converted:
 
     architecture: str
     metadata: dict[str, Any]
-    tensors: list[GgufTensor]
+    tensors: list[PlannedTensor]
     used: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
 
-    def rows_of(self, tensor: GgufTensor, first: int, count: int | None) -> "np.ndarray":
+    def rows_of(self, tensor: PlannedTensor, first: int, count: int | None) -> "np.ndarray":
         """Compute rows of a tensor that is a merged weight, and note what was used."""
         assert tensor.weight is not None
         values, changed = tensor.weight.rows(first, count)
@@ -128,7 +128,9 @@ def convert_lazily(model: MergedModel, model_dir: Path) -> Converted:
     for name, info in infos.items():
         weight = model.weights.get(direct.get(name, ""))
         usable = weight is not None and len(weight.shape) <= 2
-        tensors.append(GgufTensor(name, tuple(info.shape), weight if usable else None, info.tensor))
+        tensors.append(
+            PlannedTensor(name, tuple(info.shape), weight if usable else None, info.tensor)
+        )
         info.tensor = None
     metadata = {
         key: value

@@ -7,20 +7,19 @@ Run: python -m export.merge_adapter ADAPTER_DIR --output DIR [--base DIR] [--ove
 """
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from export._cli import FAILED, MODEL, OK, USAGE, CommandError, log, run_command
-from export._files import os_errors_told, working_dir, write_json
+from export._cli import MODEL, OK, USAGE, CommandError, log, run_command
+from export._files import check_free_space, os_errors_told, working_dir, write_json
 from export.adapter_options import Inputs, add_adapter_options, read_inputs
 from export.base_card import read_card
 from export.base_model import BaseModel, read_json
-from export.merged_weights import MergedModel, MergedWeight, row_blocks
-from export.safetensors_file import FLOAT_BYTES, TensorInfo, read_rows
+from export.merged_weights import MergedWeight, row_blocks
+from export.safetensors_file import FLOAT_BYTES, TensorInfo, read_rows, write_header
 from export.tokenizer_files import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ def merge_adapter(inputs: Inputs, output_dir: Path, overwrite: bool = False) -> 
     """
     _check_free(output_dir, overwrite)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(inputs.model, output_dir.parent)
+    needed = sum(weight.source.num_bytes for weight in inputs.model.weights.values())
+    check_free_space(output_dir.parent, needed, "the merged model needs")
     with working_dir(output_dir.parent, "merge") as temporary_dir:
         new_dir = temporary_dir / "new"
         new_dir.mkdir()
@@ -70,18 +70,6 @@ def _check_free(output_dir: Path, overwrite: bool) -> None:
         raise CommandError(
             f"output '{output_dir}' is no model folder, so it is not replaced; choose another",
             USAGE,
-        )
-
-
-def _check_space(model: MergedModel, folder: Path) -> None:
-    needed = sum(w.source.num_bytes for w in model.weights.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CommandError(
-            f"not enough space in '{folder}': the merged model needs {needed} bytes, {free} are "
-            f"free, {needed - free} are missing ({(needed - free) / 1e9:.2f} GB). Free some, or "
-            "use another disk: --output",
-            FAILED,
         )
 
 
@@ -155,21 +143,12 @@ def _num_bytes(inputs: Inputs, name: str) -> int:
 
 
 def _write_shard(inputs: Inputs, names: list[str], target: Path) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        begin, end = end, end + _num_bytes(inputs, name)
-        shape = list(inputs.model.weights[name].shape)
-        offsets = [begin, end]
-        header[name] = {
-            "dtype": _stored_as(inputs, name),
-            "shape": shape,
-            "data_offsets": offsets,
-        }
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    entries = {
+        name: (_stored_as(inputs, name), inputs.model.weights[name].shape, _num_bytes(inputs, name))
+        for name in names
+    }
     with target.open("wb") as writer:
-        writer.write(len(text).to_bytes(8, "little") + text)
+        write_header(writer, entries)
         for name in names:
             weight, dtype = inputs.model.weights[name], _stored_as(inputs, name)
             if weight.parts or weight.tokens or weight.source.dtype != dtype:

@@ -208,7 +208,8 @@ def _check_combination(base: BaseModel, adapters: Sequence[tuple[Adapter, float]
 def _change(
     base: BaseModel, weight: MergedWeight | None, name: str, adapter: Adapter, share: float
 ) -> MergedWeight:
-    saved, module, tokens = (kind.get(name) for kind in _kinds(adapter))
+    saved, module = adapter.saved.get(name), adapter.modules.get(name)
+    tokens = adapter.tokens.get(name)
     if weight is None:
         raise CommandError(
             f"adapter for another base: '{base.path}' has no tensor '{name}'; name the one it was "
@@ -231,10 +232,6 @@ def _change(
             )
         weight = replace(weight, tokens=(*weight.tokens, tokens))
     return weight
-
-
-def _kinds(adapter: Adapter) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    return adapter.saved, adapter.modules, adapter.tokens
 
 
 def _check_shape(

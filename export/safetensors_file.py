@@ -1,4 +1,4 @@
-"""Read safetensors files row by row, without torch and without mapping them.
+"""Read safetensors files row by row, without torch and without mapping them, and begin new ones.
 
 Mapped pages count as the process's memory while they are there; what is read here is gone when it
 is used. Format: https://github.com/huggingface/safetensors.
@@ -7,9 +7,10 @@ is used. Format: https://github.com/huggingface/safetensors.
 import json
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from export._cli import MODEL, CommandError
 
@@ -100,6 +101,23 @@ def header_length(path: Path) -> int:
     if not 0 < length <= path.stat().st_size - 8:
         raise _damaged(path)
     return int(length)
+
+
+def write_header(writer: BinaryIO, tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> None:
+    """Begin a file; the tensors' bytes follow in the order given.
+
+    Args:
+        writer: Opened for writing, at its start.
+        tensors: safetensors type, shape and bytes, by name.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        begin, end = end, end + num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    writer.write(len(text).to_bytes(8, "little") + text)
 
 
 def read_rows(info: TensorInfo, first: int = 0, count: int | None = None) -> "np.ndarray":

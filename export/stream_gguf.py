@@ -13,15 +13,15 @@ import argparse
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export._cli import FAILED, MODEL, OK, CommandError, run_command
-from export._files import os_errors_told
+from export._files import check_free_space, os_errors_told
 from export.adapter_options import Inputs, open_inputs
+from export.gguf_metadata import value_type
 from export.gguf_writer import GgufFile, padded, tensor_bytes
 from export.lazy_convert import Converted, convert_lazily, use_vendored_gguf
 from export.merge_adapter import check_changed
@@ -29,7 +29,7 @@ from export.stream_rows import PORTION_WEIGHTS, stream_rows
 from export.type_plan import UNWEIGHTED_TYPES, TypePlan, plan_types
 
 if TYPE_CHECKING:
-    from export.imatrix import Imatrix
+    from export.imatrix_file import Imatrix
 
 
 # torch, transformers and llama.cpp's converter.
@@ -119,16 +119,10 @@ def _check_space(files: Mapping[Path, int]) -> None:
         CommandError: Exit 1, naming the missing bytes.
     """
     needed = sum(files.values())
-    folder = next(iter(files)).parent
-    free = shutil.disk_usage(folder).free
+    # The files are made in a folder inside that of the output.
+    folder = next(iter(files)).parent.parent
+    free = check_free_space(folder, needed, f"{', '.join(path.name for path in files)} need")
     say(needed=needed, free=free)
-    if free < needed:
-        raise CommandError(
-            f"not enough space in '{folder.parent}': {', '.join(path.name for path in files)} "
-            f"need {needed} bytes, {free} are free, {needed - free} are missing "
-            f"({(needed - free) / 1e9:.2f} GB). Free some, or use another disk: --output",
-            FAILED,
-        )
 
 
 def _num_cores() -> int:
@@ -153,12 +147,7 @@ def _entries(pairs: Iterable[Sequence[Any]]) -> dict[str, Any]:
     """Make GGUF values of (key, value) pairs; the type of each value decides its GGUF type."""
     import gguf
 
-    kinds = gguf.GGUFValueType
-    by_type = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, list: kinds.ARRAY}
-    return {
-        key: gguf.gguf_writer.GGUFValue(value, by_type.get(type(value), kinds.STRING))
-        for key, value in pairs
-    }
+    return {key: gguf.gguf_writer.GGUFValue(value, value_type(value)) for key, value in pairs}
 
 
 def _read_imatrix(
@@ -167,7 +156,7 @@ def _read_imatrix(
     """Read an importance matrix, and what a file made with it says about it."""
     if path is None:
         return None, {}
-    from export.imatrix import check_imatrix, quantize_metadata, read_imatrix
+    from export.imatrix_file import check_imatrix, quantize_metadata, read_imatrix
 
     imatrix = read_imatrix(Path(path))
     check_imatrix(imatrix, {t.name: tuple(reversed(t.shape)) for t in converted.tensors})

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 from export._cli import FAILED, USAGE, CommandError
 from export.ggml_quantize import GgmlQuantizer
 from export.gguf_writer import GgufFile
-from export.lazy_convert import Converted, GgufTensor
+from export.lazy_convert import Converted, PlannedTensor
 from export.merge_adapter import check_finite
 from export.merged_weights import row_blocks
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.imatrix import Imatrix
+    from export.imatrix_file import Imatrix
 
 # Weights in one portion: 4 MB of float32, small beside the model, large beside a function call.
 PORTION_WEIGHTS = 1 << 20
@@ -150,7 +150,7 @@ def _portions(
 
 
 def _importance(
-    imatrix: "Imatrix | None", tensor: GgufTensor, kinds: Sequence[int]
+    imatrix: "Imatrix | None", tensor: PlannedTensor, kinds: Sequence[int]
 ) -> "np.ndarray | None":
     """Give the importance of the columns, (groups, width), where there is one."""
     import gguf

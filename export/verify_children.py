@@ -7,7 +7,6 @@ of memory. The parent writes one JSON request a line; the child answers with lin
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from export._cli import FAILED, OK, TIMEOUT, CommandError
-from export._process import QUIET_THREADS
+from export._process import child_environment, how_it_ended, last_words
 
 Handler = Callable[..., Any]
 _replies: list[Any] = []
@@ -49,7 +48,7 @@ class Child:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             cwd=Path(__file__).parents[1],
-            env={**QUIET_THREADS, **(environment or {}), **os.environ},
+            env=child_environment(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -97,10 +96,9 @@ class Child:
             return CommandError(
                 f"out of time while {self._phase}; give it more: --timeout SECONDS", TIMEOUT
             )
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self._errors.seek(0)
-        tail = [line.strip() for line in self._errors if line.strip()][-5:]
-        return self._dies(f"failed while {self._phase} ({how}): " + " | ".join(tail))
+        tail = last_words(self._errors.read(), 5)
+        return self._dies(f"failed while {self._phase} ({how_it_ended(code)}): {tail}")
 
     def __enter__(self) -> Self:
         return self

@@ -3,12 +3,12 @@
 In: a JSONL file of `{"messages": […]}`, or the fixed conversations of verify_corpus. Out: `Row`s.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from export._cli import USAGE, CommandError
+from export.chat_rows import parse_messages
 from export.plain_tokens import Message, PlainTokenizer
 from export.verify_corpus import CONVERSATIONS
 
@@ -76,18 +76,13 @@ def read_conversations(path: Path | None) -> Iterator[Sequence[Message]]:
 
 def _parse_line(path: Path, number: int, line: str) -> list[Message]:
     try:
-        messages = json.loads(line)["messages"]
-        if messages and all(
-            isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in messages
-        ):
-            return list(messages)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise CommandError(
-        f"'{path}' line {number} is no conversation: {line.strip()[:60]!r}; expected "
-        '{"messages": [{"role": "user", "content": "…"}, …]}',
-        USAGE,
-    )
+        return [*parse_messages(line)]
+    except ValueError as error:
+        raise CommandError(
+            f"'{path}' line {number} is no conversation: {line.strip()[:60]!r}; expected "
+            '{"messages": [{"role": "user", "content": "…"}, …]}',
+            USAGE,
+        ) from error
 
 
 def make_rows(

@@ -12,14 +12,8 @@ import pytest
 from export import imatrix as module
 from export._cli import MODEL, TIMEOUT, USAGE, CommandError
 from export.gguf_header import read_gguf_header
-from export.imatrix import (
-    Imatrix,
-    check_imatrix,
-    compute_imatrix,
-    draw_rows,
-    main,
-    read_imatrix,
-)
+from export.imatrix import compute_imatrix, draw_rows, main
+from export.imatrix_file import Imatrix, check_imatrix, read_imatrix
 
 CHATS = [
     [("user", "What colour is the sky over Oslo in June?"), ("assistant", "Blue, mostly.")],

@@ -13,7 +13,7 @@ from export import stream_rows
 from export._cli import FAILED, MODEL, USAGE, CommandError
 from export.adapter_options import Inputs, open_inputs
 from export.ggml_quantize import GgmlQuantizer
-from export.lazy_convert import Converted, GgufTensor
+from export.lazy_convert import Converted, PlannedTensor
 from export.stream_job import write_files
 from tests.conftest import make_adapter, make_tiny_model
 from tests.stock_chain import differing_tensors, read_tensors, stock_chain
@@ -112,20 +112,20 @@ def test_rows_that_are_no_multiples_of_256_fall_back_as_in_the_stock_chain(
 
 
 def test_low_bit_types_need_an_importance_matrix() -> None:
-    tensor = GgufTensor("blk.0.ffn_up.weight", (512, 256), None, None)
+    tensor = PlannedTensor("blk.0.ffn_up.weight", (512, 256), None, None)
     kinds = gguf.GGMLQuantizationType
     with pytest.raises(CommandError, match=r"IQ2_XS would be noise.*--imatrix auto") as caught:
         stream_rows._importance(None, tensor, [kinds.Q4_K, kinds.IQ2_XS])
     assert caught.value.exit_code == USAGE
     assert stream_rows._importance(None, tensor, [kinds.Q4_K, kinds.IQ4_XS]) is None
-    embedding = GgufTensor("token_embd.weight", (512, 256), None, None)
+    embedding = PlannedTensor("token_embd.weight", (512, 256), None, None)
     assert stream_rows._importance(None, embedding, [kinds.IQ2_XS]) is None
 
 
 def test_value_too_large_for_the_type_is_named() -> None:
     rows = np.zeros((2, 256), dtype=np.float32)
     rows[1, 5] = 1e6
-    converted = Converted("llama", {}, [GgufTensor("blk.1.ffn_up.weight", (2, 256), None, None)])
+    converted = Converted("llama", {}, [PlannedTensor("blk.1.ffn_up.weight", (2, 256), None, None)])
     kinds = gguf.GGMLQuantizationType
 
     def portion(kind: int) -> stream_rows._Portion:
@@ -150,7 +150,7 @@ def test_full_disk_and_lack_of_memory_are_told_before_the_first_byte(
     from export import stream_gguf
 
     monkeypatch.setattr(stream_gguf, "say", lambda **content: None)
-    monkeypatch.setattr(stream_gguf.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CommandError, match=r"a.gguf, b.gguf need 1800 bytes, .* 800 are missing"):
         stream_gguf._check_space({tmp_path / "a.gguf": 1100, tmp_path / "b.gguf": 700})
     stream_gguf._check_space({tmp_path / "a.gguf": 1000})
