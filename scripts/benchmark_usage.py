@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -139,15 +140,19 @@ def run_step(command: list[str], folder: Path, what: str) -> tuple[Usage, str]:
     env = {**os.environ, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     with (temporary / "out").open("w+b") as out, (temporary / "err").open("w+b") as err:
         started = time.monotonic()
-        # In a session of its own, so that the whole family can be ended.
-        child = subprocess.Popen(command, stdout=out, stderr=err, env=env, start_new_session=True)
+        child = None
         try:
+            with _interrupt_later():
+                # In a session of its own, so that the whole family can be ended.
+                child = subprocess.Popen(
+                    command, stdout=out, stderr=err, env=env, start_new_session=True
+                )
             with _Watch(child.pid, folder) as watch:
                 _, status, usage = os.wait4(child.pid, 0)
                 wall = time.monotonic() - started
                 child.returncode = os.waitstatus_to_exitcode(status)
         finally:
-            if child.returncode != 0:
+            if child is not None and child.returncode != 0:
                 _end_family(child)
         output, errors = (_text(stream) for stream in (out, err))
     if child.returncode:
@@ -162,6 +167,19 @@ def run_step(command: list[str], folder: Path, what: str) -> tuple[Usage, str]:
         counted if is_counted else watch.file_bytes,
         "ru_oublock" if is_counted else "file sizes",
     ), output
+
+
+@contextlib.contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Hold Ctrl-C back: inside Popen it would lose a child that has started already."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def _end_family(child: subprocess.Popen[bytes]) -> None:

@@ -273,6 +273,22 @@ def test_failure_says_why(tmp_path, code, said):
         run_step([sys.executable, "-c", code], tmp_path, "the step")
 
 
+def test_interrupt_while_a_child_starts_ends_the_child(tmp_path, monkeypatch):
+    started = []
+
+    def start(*arguments, **options):
+        started.append(start_really(*arguments, **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    start_really = subprocess.Popen
+    monkeypatch.setattr("scripts.benchmark_usage.subprocess.Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_step([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, "the step")
+    assert started[0].returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def write_gguf(path: Path, value: float = 1.0, **tensors: str) -> Path:
     import numpy as np
     from gguf import GGUFWriter
