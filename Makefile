@@ -13,7 +13,7 @@ demo: setup ## train, export and ask the embedded default model (at most 8 min o
 	@$(PY) -m scripts.demo
 
 test: setup ## run the whole test suite
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n auto --dist loadscope
 
 check: setup ## lint, format and type check
 	@$(PY) -m ruff check .

@@ -16,6 +16,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 
+# A worker of `make test` keeps to one core, and so do its children: threads of two torch or
+# llama.cpp processes that wait for each other on two cores make both several times slower.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+MAX_WORKERS = 4  # a worker may hold 2 GB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Multiples of 256, so that K-quants are what they say.
 TINY_CONFIG = {
@@ -26,6 +33,12 @@ TINY_CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker a core that this process may use; pytest-xdist would count physical ones."""
+    affine = hasattr(os, "sched_getaffinity")
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
