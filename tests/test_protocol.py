@@ -3,8 +3,11 @@
 import pytest
 
 from tools import TOOLS
+from tools._schema import list_choices
 from tools.protocol import (
     ToolCall,
+    ToolDefinition,
+    describe_tool,
     parse_tool_call,
     render_tool_call,
     render_tool_result,
@@ -18,11 +21,41 @@ def test_prompt_names_every_tool_argument_and_choice():
     for word in [
         "text_formatter(text, width=80, indent=0)",
         "bug_report",
-        "has_headings",
+        "release_notes",
+        "balanced_brackets|min_words:N|max_words:N|language:CODE)",
         "fields={}",
     ]:
         assert word in prompt
     assert len(prompt) < 900
+
+
+def test_prompt_is_the_same_every_time_and_holds_no_pattern():
+    prompt = tool_prompt(TOOLS)
+    assert prompt == tool_prompt(TOOLS)
+    assert "[1-9]" not in prompt
+    assert "language:de" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("schema", "choices"),
+    [
+        ({"enum": ["a", 1, None]}, ["a", "1", "None"]),
+        ({"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, ["a"]),
+        ({"anyOf": [{"enum": ["a"]}, {"pattern": "^n:[0-9]$", "shown_as": "n:N"}]}, ["a", "n:N"]),
+        ({"type": "array", "items": {"anyOf": [{"enum": ["a"]}, {"enum": ["b"]}]}}, ["a", "b"]),
+        # Any integer will do as well: to name "auto" alone would be wrong.
+        ({"anyOf": [{"enum": ["auto"]}, {"type": "integer"}]}, []),
+        ({"type": "string", "pattern": "^a$"}, []),
+        ({"anyOf": []}, []),
+        ({"anyOf": 5, "items": [1], "enum": "a", "shown_as": {}}, []),
+        (True, []),
+        (None, []),
+    ],
+)
+def test_choices_of_a_schema(schema, choices):
+    assert list_choices(schema) == choices
+    shown = describe_tool(ToolDefinition("t", "", {"properties": {"x": schema}}))
+    assert shown == "- t(x" + (": " + "|".join(choices) if choices else "") + "?)"
 
 
 def test_own_system_prompt_comes_first():

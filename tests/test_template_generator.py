@@ -28,7 +28,8 @@ def call(**args: Any) -> ToolMessage:
 
 
 def test_the_choices_are_the_contract() -> None:
-    assert TYPES == ("prompt", "email", "report", "bug_report", "meeting_notes", "readme")
+    assert TYPES[:6] == ("prompt", "email", "report", "bug_report", "meeting_notes", "readme")
+    assert TYPES[6:] == ("cover_letter", "release_notes", "user_story")
 
 
 def test_prompt_is_the_classic_layout() -> None:
@@ -44,6 +45,15 @@ def test_empty_template_lists_every_field(template_type: TemplateType) -> None:
     assert last == f"Still to fill in: {', '.join(names)}"
     assert re.findall(r"\{(\w+)\}", body) == names
     assert fill_template(template_type, {}) == text
+
+
+@pytest.mark.parametrize("template_type", TYPES)
+def test_every_template_can_be_filled_in_one_call(template_type: TemplateType) -> None:
+    message = call(
+        template_type=template_type, fields=dict.fromkeys(list_fields(template_type), "x")
+    )
+    assert message.status == "success"
+    assert "Still to fill in" not in str(message.content)
 
 
 @pytest.mark.parametrize("template_type", TYPES)
@@ -66,6 +76,7 @@ def test_partly_filled_template_lists_the_rest_in_order() -> None:
     ["{body}", "{0.__class__}", "{{sender}}", "%s", r"\1 \g<0> \n", "}{", "{", "{subject}"],
 )
 def test_values_stay_text(value: str) -> None:
+    """Case 11: attribute access through a placeholder."""
     text = fill_template("email", {"subject": value, "body": "SECRET"})
     assert text.startswith(f"Subject: {value}\n")
     assert text.count("SECRET") == 1

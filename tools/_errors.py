@@ -12,6 +12,8 @@ from typing import Any
 from langchain_core.tools import BaseTool, ToolException
 from pydantic import BaseModel, ValidationError
 
+from tools._schema import list_choices
+
 # A model may put anything into an argument: what is echoed must stay short.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -52,12 +54,17 @@ def explain_tool_error(error: ToolException) -> str:
     return f"error: {error}"
 
 
+def echo(value: object) -> str:
+    """Show what a model gave, shortened and on one line."""
+    return _SHORT.repr(value)
+
+
 def unknown_name(argument: str, got: str, choices: Iterable[str]) -> str:
     """Say that a name is none of the choices, and which of them come nearest."""
     names = list(choices)
     nearest = difflib.get_close_matches(got[:60].casefold(), names)
     hint = f" (nearest: {', '.join(nearest)})" if nearest else ""
-    return f"{argument}: got {_SHORT.repr(got)}, expected one of {', '.join(names)}{hint}"
+    return f"{argument}: got {echo(got)}, expected one of {', '.join(names)}{hint}"
 
 
 def _explain(argument: str, detail: Any, properties: dict[str, Any]) -> tuple[str, str]:
@@ -70,7 +77,7 @@ def _explain(argument: str, detail: Any, properties: dict[str, Any]) -> tuple[st
     if kind == "value_error":  # our own validators name the argument and what they expected
         return str(detail["ctx"]["error"]), corrected
     if not path:
-        return f"arguments: got {_SHORT.repr(got)}, expected {', '.join(properties)}", "an object"
+        return f"arguments: got {echo(got)}, expected {', '.join(properties)}", "an object"
     expected, where = properties[path[0]], argument
     for step in path[1:]:
         expected = expected["anyOf"][0] if "anyOf" in expected else expected
@@ -80,7 +87,7 @@ def _explain(argument: str, detail: Any, properties: dict[str, Any]) -> tuple[st
         return f"{where}: got nothing, expected {_phrase(expected)}", argument
     if "enum" in expected and isinstance(got, str):
         return unknown_name(where, got, expected["enum"]), corrected
-    shown = _SHORT.repr(got)
+    shown = echo(got)
     if kind == "string_too_long":
         shown = f"{len(got)} characters"
     elif kind in {"too_long", "too_short"}:
@@ -92,11 +99,11 @@ def _explain(argument: str, detail: Any, properties: dict[str, Any]) -> tuple[st
 
 def _phrase(schema: dict[str, Any]) -> str:
     """Say in words what a property of a JSON schema accepts."""
+    kind = schema.get("type")
+    if kind != "array" and (choices := list_choices(schema)):
+        return "one of " + ", ".join(choices)
     if "anyOf" in schema:
         return _phrase(schema["anyOf"][0])
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    kind = schema.get("type")
     if kind == "integer":
         return f"an integer from {schema['minimum']} to {schema['maximum']}"
     if kind == "array":
@@ -110,4 +117,4 @@ def _phrase(schema: dict[str, Any]) -> str:
 
 def _clip(text: str) -> str:
     """Shorten a name that the model chose, and keep it on one line."""
-    return text if text.isprintable() and len(text) <= 40 else _SHORT.repr(text)
+    return text if text.isprintable() and len(text) <= 40 else echo(text)

@@ -20,6 +20,20 @@ def split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
+def find_place(text: str, position: int) -> str:
+    """Say where a character is, `line 2, column 5`, both counted from 1."""
+    before = text[:position].replace("\r\n", "\n").replace("\r", "\n")
+    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+
+
+def remove_code_blocks(lines: list[str]) -> list[str]:
+    """Give the lines with those of fenced code, fences too, made empty: numbers stay the same."""
+    prose = list(lines)
+    for block in find_code_blocks(lines):
+        prose[block.start : block.stop] = [""] * (block.stop - block.start)
+    return prose
+
+
 def find_code_blocks(lines: list[str]) -> list[CodeBlock]:
     """Find the fenced code blocks; one that is never closed runs to the last line."""
     blocks: list[CodeBlock] = []

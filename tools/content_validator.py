@@ -1,22 +1,27 @@
-"""Check a text against named rules: text and rules in, one verdict a rule out.
+"""Check a text against rules: text and rules in, one verdict a rule out.
 
-Call it as `content_validator.invoke({"text": "...", "rules": ["not_empty"]})`, or `check_content`
-from code. Each check is a function of the text that returns (passed, reason), in linear time.
+Call it as `content_validator.invoke({"text": "...", "rules": ["not_empty", "max_words:90"]})`, or
+`check_content` from code. A rule is one of the names in `Rule`, or has a parameter: `min_words:N`,
+`max_words:N` and `language:CODE`. A check takes linear time and gives (passed, reason); the reason
+says where the text fails, where there is such a place.
 """
 
+import itertools
 import json
 import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from functools import partial
+from typing import Annotated, Literal, NoReturn, get_args
 from urllib.parse import urlsplit
 
 from langchain_core.tools import ToolException, tool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
-from tools._errors import answer_errors, unknown_name
-from tools._markdown import find_code_blocks, split_lines
+from tools._errors import answer_errors, echo, unknown_name
+from tools._language import LANGUAGES, detect_language
+from tools._markdown import find_code_blocks, find_place, remove_code_blocks, split_lines
 
 __all__ = ["Rule", "RuleResult", "check_content", "content_validator"]
 
@@ -31,7 +36,15 @@ Rule = Literal[
     "balanced_brackets",
 ]
 _Verdict = tuple[bool, str]
+_Check = Callable[[str], _Verdict]
 
+# Shown to the model; five digits are enough for every text that the tool accepts.
+_FAMILIES = ("min_words:N", "max_words:N", "language:CODE")
+_WORD_RULE = re.compile(r"(min_words|max_words):([1-9][0-9]{0,4})")
+# Chinese and Japanese are written without spaces: as in word processors, each character counts.
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CJK_MARKS = r"\u3001-\u3004\u3008-\u3020\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+_WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}{_CJK_MARKS}]+")
 _ATX_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+[^#\s]")
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
 # A line that can carry a setext underline: no list item, quote, table row, heading or rule.
@@ -53,36 +66,98 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 class RuleResult:
     """The verdict on one rule, with the reason in a few words."""
 
-    rule: Rule
+    rule: str
     passed: bool
     reason: str
 
 
-def check_content(text: str, rules: Iterable[Rule]) -> list[RuleResult]:
+def check_content(text: str, rules: Iterable[str]) -> list[RuleResult]:
     """Check a text against each rule once, in the order of the first mention.
+
+    A word is what stands between white space, and in Chinese and Japanese each character (Thai,
+    which has no spaces either, is not split). Languages are judged by the text outside
+    fenced code, at most its first 5,000 characters.
+
+    Args:
+        text: What to check.
+        rules: Names of `Rule`, `min_words:N`, `max_words:N` (N from 1 to 99999) or
+            `language:CODE` with a two-letter code such as `en`.
 
     Raises:
         ToolException: A rule is unknown.
     """
     results: list[RuleResult] = []
     for rule in dict.fromkeys(rules):
-        if rule not in _CHECKS:
-            raise ToolException(unknown_name("rules", rule, _CHECKS))
-        results.append(RuleResult(rule, *_CHECKS[rule](text)))
+        check = _find_check(rule)
+        if check is None:
+            raise ToolException(_unknown_rule("rules", rule))
+        results.append(RuleResult(rule, *check(text)))
     return results
 
 
+def _find_check(rule: str) -> _Check | None:
+    """Give the check of a rule, its parameter filled in; None for an unknown rule."""
+    if numbered := _WORD_RULE.fullmatch(rule):
+        check = _check_min_words if numbered[1] == "min_words" else _check_max_words
+        return partial(check, limit=int(numbered[2]))
+    family, _, code = rule.partition(":")
+    if family == "language" and code in LANGUAGES:
+        return partial(_check_language, code=code)
+    return _CHECKS.get(rule)
+
+
+def _unknown_rule(where: str, rule: str) -> str:
+    """Say what is wrong with a rule: its parameter, or its name."""
+    family, colon, value = rule.partition(":")
+    if colon and family in {"min_words", "max_words"}:
+        return f"{where}: got {echo(rule)}, expected {family}:N with N from 1 to 99999"
+    if colon and family == "language":
+        wanted = value.strip().casefold()
+        nearest = [code for code, name in LANGUAGES.items() if wanted in {code, name.casefold()}]
+        hint = f" (nearest: language:{nearest[0]})" if nearest else ""
+        codes = ", ".join(LANGUAGES)
+        return f"{where}: got {echo(rule)}, expected language:CODE, CODE one of {codes}{hint}"
+    return unknown_name(where, rule, [*_CHECKS, *_FAMILIES])
+
+
 def _check_not_empty(text: str) -> _Verdict:
-    words = len(text.split())
-    if words:
-        return True, _count(words, "word")
+    if text.strip():
+        return True, _count(_count_words(text), "word")
     return False, "only white space in the text" if text else "no text"
 
 
+def _count_words(text: str) -> int:
+    return sum(1 for _ in _WORD.finditer(text))
+
+
+def _check_min_words(text: str, *, limit: int) -> _Verdict:
+    words = _count_words(text)
+    if words >= limit:
+        return True, _count(words, "word")
+    return False, f"{_count(words, 'word')}, {limit - words} short"
+
+
+def _check_max_words(text: str, *, limit: int) -> _Verdict:
+    words = _count_words(text)
+    if words <= limit:
+        return True, _count(words, "word")
+    extra = next(itertools.islice(_WORD.finditer(text), limit, None))
+    place = find_place(text, extra.start())
+    return False, f"{_count(words, 'word')}, {words - limit} too many, the first in {place}"
+
+
+def _check_language(text: str, *, code: str) -> _Verdict:
+    prose = "\n".join(remove_code_blocks(split_lines(text))).strip()  # code reads as no language
+    if not any(char.isalpha() for char in prose):
+        return False, "no words outside code blocks to judge by"
+    found = detect_language(prose)
+    if found is None:
+        return False, "the language of this text is not clear"
+    return found == code, f"reads as {LANGUAGES[found]}"
+
+
 def _check_headings(text: str) -> _Verdict:
-    lines = split_lines(text)
-    for block in find_code_blocks(lines):
-        lines[block.start : block.stop] = [""] * (block.stop - block.start)
+    lines = remove_code_blocks(split_lines(text))
     for number, line in enumerate(lines, start=1):
         if _ATX_HEADING.match(line):
             return True, f"line {number}: {_quote(line)}"
@@ -170,8 +245,8 @@ def _check_placeholders(text: str) -> _Verdict:
     found = list(_PLACEHOLDER.finditer(text))
     if not found:
         return True, "none found"
-    line = text.count("\n", 0, found[0].start()) + 1
-    return False, f"{_quote(found[0][0])} in line {line}, {len(found)} in all"
+    place = find_place(text, found[0].start())
+    return False, f"{_quote(found[0][0])} in {place}, {len(found)} in all"
 
 
 def _check_brackets(text: str) -> _Verdict:
@@ -181,21 +256,20 @@ def _check_brackets(text: str) -> _Verdict:
         if char in _CLOSING:
             waiting.append((char, position))
         elif char in ")]}":
-            line = text.count("\n", 0, position) + 1
             if not waiting:
-                return False, f"{char} in line {line} closes nothing"
+                return False, f"{char} in {find_place(text, position)} closes nothing"
             opening, start = waiting.pop()
             if _CLOSING[opening] != char:
-                opened = text.count("\n", 0, start) + 1
-                return False, f"{char} in line {line} does not match {opening} in line {opened}"
+                place, opened = find_place(text, position), find_place(text, start)
+                return False, f"{char} in {place} does not match {opening} in {opened}"
             pairs += 1
     if waiting:
         opening, start = waiting[-1]
-        return False, f"{opening} in line {text.count(chr(10), 0, start) + 1} is not closed"
+        return False, f"{opening} in {find_place(text, start)} is not closed"
     return True, _count(pairs, "pair")
 
 
-_CHECKS: dict[Rule, Callable[[str], _Verdict]] = {
+_CHECKS: dict[str, _Check] = {
     "not_empty": _check_not_empty,
     "has_headings": _check_headings,
     "is_email": _check_email,
@@ -238,6 +312,21 @@ def _quote(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+# Nearly a union of types, but with one error instead of one for each alternative.
+_RULE_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "enum": list(_CHECKS)},
+        {"type": "string", "pattern": "^min_words:[1-9][0-9]{0,4}$", "shown_as": _FAMILIES[0]},
+        {"type": "string", "pattern": "^max_words:[1-9][0-9]{0,4}$", "shown_as": _FAMILIES[1]},
+        {
+            "type": "string",
+            "enum": [f"language:{code}" for code in LANGUAGES],
+            "shown_as": _FAMILIES[2],
+        },
+    ]
+}
+
+
 class _Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, title="content_validator")
 
@@ -246,11 +335,21 @@ class _Arguments(BaseModel):
         description="The text to check, copied exactly.",
         json_schema_extra={"verbatim": True},
     )
-    rules: list[Rule] = Field(min_length=1, max_length=20, description="What to check.")
+    rules: list[Annotated[str, WithJsonSchema(_RULE_SCHEMA)]] = Field(
+        min_length=1, max_length=20, description="What to check."
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _require_known_rules(cls, rules: list[str]) -> list[str]:
+        for number, rule in enumerate(rules):
+            if _find_check(rule) is None:
+                raise ValueError(_unknown_rule(f"rules[{number}]", rule))
+        return rules
 
 
 @tool(args_schema=_Arguments)
-def content_validator(text: str, rules: list[Rule]) -> str:
+def content_validator(text: str, rules: list[str]) -> str:
     """Check a text against rules. Use it to see if a text is valid. Example: rules=["is_email"]."""
     results = check_content(text, rules)
     passed = sum(result.passed for result in results)

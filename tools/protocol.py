@@ -12,6 +12,8 @@ from typing import Any
 
 from langchain_core.tools import BaseTool
 
+from tools._schema import list_choices
+
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE_START, RESPONSE_END = "<tool_response>", "</tool_response>"
 
@@ -40,11 +42,9 @@ def tool_schema(tool: BaseTool) -> dict[str, Any]:
 
 def _argument(name: str, schema: Any, required: bool) -> str:
     schema = schema if isinstance(schema, dict) else {}
-    items = schema.get("items")
-    choices = schema.get("enum") or (items.get("enum") if isinstance(items, dict) else None)
     text = name
-    if isinstance(choices, list):
-        text += ": " + "|".join(map(str, choices))
+    if choices := list_choices(schema):
+        text += ": " + "|".join(choices)
     if not required:
         default = schema.get("default")
         # A foreign schema often says that an argument may be left out, but not what it is then.
@@ -106,6 +106,8 @@ def parse_tool_call(text: str) -> ToolCall | None:
         call = json.loads(body.removesuffix(CALL_END))
     except json.JSONDecodeError as error:
         raise ValueError(f"the call is no JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("the call is nested too deeply") from error
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise ValueError("the call has no name")
     arguments = call.get("arguments", {})

@@ -14,7 +14,17 @@ from tools._errors import answer_errors, unknown_name
 
 __all__ = ["TemplateType", "fill_template", "list_fields", "template_generator"]
 
-TemplateType = Literal["prompt", "email", "report", "bug_report", "meeting_notes", "readme"]
+TemplateType = Literal[
+    "prompt",
+    "email",
+    "report",
+    "bug_report",
+    "meeting_notes",
+    "readme",
+    "cover_letter",
+    "release_notes",
+    "user_story",
+]
 
 # Identifiers only, and never str.format: "{0.__class__}" is text like any other.
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -132,6 +142,58 @@ Next meeting: {next_meeting}
 ## License
 
 {license}
+""",
+    "cover_letter": """\
+{date}
+
+Dear {recipient},
+
+I am applying for the position of {position} at {company}.
+
+{experience}
+
+{motivation}
+
+I look forward to hearing from you.
+
+Sincerely,
+{sender}
+""",
+    "release_notes": """\
+# {project_name} {version}
+
+Released: {date}
+
+{summary}
+
+## Added
+
+{added}
+
+## Changed
+
+{changed}
+
+## Fixed
+
+{fixed}
+
+## Upgrading
+
+{upgrade_steps}
+""",
+    "user_story": """\
+# {title}
+
+As {role}, I want {goal}, so that {benefit}.
+
+## Acceptance criteria
+
+{acceptance_criteria}
+
+## Notes
+
+{notes}
 """,
 }
 
