@@ -3,10 +3,11 @@
 Each folder has its own copy, because folders do not import each other (see ARCHITECTURE.md).
 """
 
+import codecs
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OK, FAILED, USAGE, MODEL, CONTEXT, TOOL, TIMEOUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
@@ -27,6 +28,23 @@ class CommandError(Exception):
 def log(message: str) -> None:
     """Write one line to stderr: stdout carries results only."""
     print(message, file=sys.stderr, flush=True)
+
+
+def _replace_and_note(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    if not _noted:
+        _noted.append(True)
+        log("note: the input is not all UTF-8; what is not was replaced by U+FFFD")
+    return "\ufffd", error.end
+
+
+_noted: list[bool] = []
+
+
+def read_utf8(stream: Any) -> None:
+    """Read a text stream as UTF-8 from here on; bytes that are none are replaced, and that is said."""
+    codecs.register_error("replace_and_note", _replace_and_note)
+    stream.reconfigure(encoding="utf-8", errors="replace_and_note")
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:

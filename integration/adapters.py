@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from integration._cli import MODEL, CommandError
+from integration.ask_format import BASE
 from integration.gguf_header import read_header
-from integration.llm import SafeLlamaCpp
+from integration.local_model import LocalModel
+from integration.prefix_store import file_identity
 
-BASE = "base"
 _EMBEDDING_FACTOR, _HEAD = "token_embd.weight.lora_a", "output.weight"
 
 
@@ -41,9 +42,10 @@ class Adapters:
         CommandError: Exit 3; a file is missing, broken, no adapter, or of another architecture.
     """
 
-    def __init__(self, model: SafeLlamaCpp, files: dict[str, Path]) -> None:
+    def __init__(self, model: LocalModel, files: dict[str, Path]) -> None:
         self._model, self.active = model, BASE
         self._handles: dict[str, Any] = {name: self._load(path) for name, path in files.items()}
+        self._keys = {name: file_identity(path) for name, path in files.items()}
 
     @property
     def names(self) -> list[str]:
@@ -51,9 +53,7 @@ class Adapters:
         return [BASE, *self._handles]
 
     def _load(self, path: Path) -> Any:
-        import llama_cpp
-
-        header, base = read_header(path), self._model.header
+        header, base = read_header(path), self._model.engine.header
         if not header.is_adapter:
             raise CommandError(f"adapter '{path}' is a whole model, expected a LoRA GGUF", MODEL)
         if header.architecture != base.architecture:
@@ -65,20 +65,29 @@ class Adapters:
         if _EMBEDDING_FACTOR in header.tensor_names and _HEAD not in base.tensor_names:
             # llama.cpp loads such a file, and aborts the process at the first token.
             raise CommandError(
-                f"adapter '{path}' changes the embedding, which the model '{self._model.model_path}' "
+                f"adapter '{path}' changes the embedding, which the model '{base.path}' "
                 "also uses as its head; merge it instead: python -m export.export_gguf",
                 MODEL,
             )
-        handle = llama_cpp.llama_adapter_lora_init(
-            self._model.client._model.model, str(path).encode("utf-8")
-        )
-        if not handle:
+        handle = self._model.engine.load_adapter(path)
+        if handle is None:
             raise CommandError(
-                f"adapter '{path}' does not fit the model '{self._model.model_path}'; use the base it "
+                f"adapter '{path}' does not fit the model '{base.path}'; use the base it "
                 "was trained on",
                 MODEL,
             )
         return handle
+
+    def check(self, name: str) -> None:
+        """Make sure that a name can be used.
+
+        Raises:
+            CommandError: Exit 2; no adapter has this name.
+        """
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            hint = f", did you mean '{near[0]}'?" if near else f"; expected {', '.join(self.names)}"
+            raise CommandError(f"no adapter is called '{name}'{hint}")
 
     def use(self, name: str) -> None:
         """Make one adapter, or the plain base, the active one.
@@ -88,21 +97,11 @@ class Adapters:
         Raises:
             CommandError: Exit 2; no adapter has this name.
         """
-        import llama_cpp
-
-        if name not in self.names:
-            near = difflib.get_close_matches(name, self.names, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else f"; expected {', '.join(self.names)}"
-            raise CommandError(f"no adapter is called '{name}'{hint}")
+        self.check(name)
         if name == self.active:
             return
-        handles = [] if name == BASE else [self._handles[name]]
-        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
-        scales = (llama_cpp.ctypes.c_float * len(handles))(*[1.0] * len(handles))
-        context = self._model.client._ctx.ctx
-        code = llama_cpp.llama_set_adapters_lora(context, pointers, len(handles), scales)
-        if code != 0:
-            raise CommandError(f"llama.cpp could not activate the adapter '{name}'", MODEL)
-        self._model.client.reset()
-        self._model.client._ctx.kv_cache_clear()
-        self.active = name
+        with self._model.lock:
+            handles = [] if name == BASE else [self._handles[name]]
+            if not self._model.engine.set_adapters(handles, self._keys.get(name, "")):
+                raise CommandError(f"llama.cpp could not activate the adapter '{name}'", MODEL)
+            self.active = name

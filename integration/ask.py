@@ -8,132 +8,29 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from integration._cli import FAILED, OK, TIMEOUT, TOOL, CommandError, log, run_command
-from integration.options import Session, add_model_options, open_session
+from integration._cli import OK, TIMEOUT, TOOL, CommandError, log, read_utf8, run_command
+from integration.ask_format import Request, answer_object, from_prompt
+from integration.chat_screen import visible
+from integration.options import Session, add_model_options, open_session, positive_int
 
 if TYPE_CHECKING:
     from integration.agent import Reply
+    from tools.protocol import ToolCall
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass
-class Request:
-    """One question; ``prompt`` is what the answer object repeats."""
-
-    messages: list[dict[str, str]]
-    prompt: str
-    id: Any = None
-    adapter: str | None = None
+PARALLEL = 4
 
 
-def parse_request(line: str, system: str | None) -> Request:
-    """Read one line of ``--jsonl``: an object, a JSON string, or plain text.
-
-    Raises:
-        CommandError: The line starts like JSON and is none, or has no prompt.
-    """
-    text = line.strip()
-    if not text.startswith(("{", '"')):
-        return _from_prompt(text, system)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"the line is no JSON: {error.msg} (column {error.colno})") from error
-    if isinstance(value, str):
-        return _from_prompt(value, system)
-    return _from_object(value, system)
-
-
-def _from_prompt(prompt: str, system: str | None) -> Request:
-    if not prompt.strip():
-        raise CommandError("the prompt is empty; expected some text")
-    messages = [{"role": "user", "content": prompt}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return Request(messages, prompt)
-
-
-def _from_object(value: dict[str, Any], system: str | None) -> Request:
-    from integration.system_prompts import load_system_prompt
-
-    own_system = value.get("system")
-    if own_system is not None:
-        if not isinstance(own_system, str):
-            raise CommandError("system: expected a string")
-        # A request may come from anywhere: it can name a prompt, never a file.
-        system = own_system if own_system.startswith("@") else load_system_prompt(own_system)
-    if isinstance(value.get("prompt"), str):
-        request = _from_prompt(value["prompt"], system)
-    elif isinstance(value.get("messages"), list):
-        request = _from_messages(value["messages"], system)
-    else:
-        raise CommandError("the request has no prompt; expected a string under prompt, or messages")
-    adapter = value.get("adapter")
-    if adapter is not None and not isinstance(adapter, str):
-        raise CommandError("adapter: expected a name")
-    request.id, request.adapter = value.get("id"), adapter
-    return request
-
-
-def _from_messages(raw: list[Any], system: str | None) -> Request:
-    messages = []
-    for item in raw:
-        role = item.get("role") if isinstance(item, dict) else None
-        content = item.get("content") if isinstance(item, dict) else None
-        if role not in ROLES or not isinstance(content, str):
-            raise CommandError(
-                f"messages: expected objects with role ({', '.join(ROLES)}) and a content string"
-            )
-        messages.append({"role": role, "content": content})
-    if not messages or messages[-1]["role"] != "user":
-        raise CommandError("messages: expected the last one to be the user's")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return Request(messages, messages[-1]["content"])
-
-
-def answer_object(request: Request, session: Session, reply: "Reply") -> dict[str, Any]:
-    """Build the contract's object."""
-    from integration.adapters import BASE
-
-    active = session.adapters.active
-    routed = active != BASE
-    return {
-        "id": request.id,
-        "prompt": request.prompt,
-        "text": reply.text,
-        "tool_calls": [call.to_json() for call in reply.tool_calls],
-        "route": {
-            "adapter": active if routed else None,
-            "scores": {},
-            "reason": "asked for" if routed else "no adapter asked for",
-        },
-        "finish_reason": reply.finish_reason,
-        "usage": {
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-        },
-        "timings": {
-            "first_token_s": round(reply.first_token_s or 0.0, 4),
-            "tokens_per_second": round(reply.tokens_per_second, 1),
-        },
-        "error": reply.error,
-    }
-
-
-def _respond(session: Session, request: Request, route: str, stream: bool = False) -> "Reply":
+def _respond(session: Session, request: Request, stream: bool) -> "Reply":
     from integration.agent import respond
 
-    session.adapters.use(request.adapter or route)
-    # Every request starts from the same seed, so that a line answers alike alone and in a batch.
-    session.model.set_seed(session.seed)
+    if session.adapters is not None and request.adapter is not None:
+        session.adapters.use(request.adapter)
 
     def show(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     return respond(
@@ -142,39 +39,8 @@ def _respond(session: Session, request: Request, route: str, stream: bool = Fals
         session.settings,
         session.tools,
         on_text=show if stream else None,
+        approve=approve_on_terminal if session.approve else None,
     )
-
-
-def _run_batch(session: Session, route: str) -> int:
-    from integration.agent import Reply
-
-    failed = 0
-    for number, line in enumerate(sys.stdin, 1):
-        if not line.strip():
-            continue
-        request = None
-        try:
-            request = parse_request(line, session.system)
-            reply = _respond(session, request, route)
-        except CommandError as error:
-            reply = Reply(finish_reason="error", error=f"line {number}: {error}")
-            if request is None:
-                request = Request([], line.strip(), _id_of(line))
-        if reply.finish_reason == "timeout":
-            reply.error = f"line {number}: no whole answer within {session.settings.timeout_s:g} s"
-        failed += reply.error is not None
-        print(json.dumps(answer_object(request, session, reply), ensure_ascii=False), flush=True)
-    if failed:
-        log(f"error: {failed} requests failed; their objects say why")
-    return FAILED if failed else OK
-
-
-def _id_of(line: str) -> Any:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return value.get("id") if isinstance(value, dict) else None
 
 
 def _exit_code(reply: "Reply", timeout_s: float) -> int:
@@ -189,6 +55,23 @@ def _exit_code(reply: "Reply", timeout_s: float) -> int:
     return OK
 
 
+def approve_on_terminal(call: "ToolCall") -> bool:
+    """Ask on the terminal whether a tool may be run; stdin and stdout belong to the pipeline.
+
+    Raises:
+        CommandError: Exit 2; there is no terminal.
+    """
+    try:
+        with open("/dev/tty", "r+", buffering=1, encoding="utf-8") as terminal:
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            terminal.write(visible(f"run {call.name}({arguments})? [y/N] "))
+            return terminal.readline().strip().casefold() in {"y", "yes"}
+    except OSError as error:
+        raise CommandError(
+            "--approve asks on the terminal, and there is none; leave it out in a pipeline"
+        ) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
@@ -200,6 +83,21 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument(
         "--jsonl", action="store_true", help="one request a line from stdin, one object a line out"
     )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="--jsonl: write the objects here, not to stdout"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="--jsonl: go on with --output, skipping requests whose id (or prompt) is in it",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=positive_int,
+        metavar="N",
+        help=f"--jsonl: requests decoded side by side (default {PARALLEL}); 1 gives the same text "
+        "whatever else is asked",
+    )
     add_model_options(parser, tools_default=False)
     return parser
 
@@ -207,30 +105,44 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer a prompt, or every line of stdin."""
     options = build_parser().parse_args(argv)
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    read_utf8(sys.stdin)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if options.jsonl:
-        if options.prompt is not None:
-            raise CommandError("--jsonl reads its prompts from stdin; leave the argument out")
-        session = open_session(options)
-        log(f"seed {session.seed}")
-        return _run_batch(session, options.route)
+        return _run_lines(options)
+    if options.output or options.resume or options.parallel:
+        raise CommandError("--output, --resume and --parallel go with --jsonl; add it")
     if options.prompt is None and sys.stdin.isatty():
         raise CommandError("no prompt; give one as the argument or on stdin")
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     if not prompt.strip():
         raise CommandError("the prompt is empty; expected some text")
     session = open_session(options)
-    request = _from_prompt(prompt.strip(), session.system)
-    reply = _respond(session, request, options.route, stream=not options.json)
+    request = from_prompt(prompt.strip(), session.system, options.route)
+    reply = _respond(session, request, stream=not options.json)
     if options.json:
         log(f"seed {session.seed}")
-        print(json.dumps(answer_object(request, session, reply), ensure_ascii=False, indent=2))
+        print(json.dumps(answer_object(request, reply), ensure_ascii=False, indent=2))
     else:
         print()
         for call in reply.tool_calls:
-            log(f"tool: {call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            log(visible(f"tool: {call.name}({arguments})"))
     return _exit_code(reply, options.timeout)
+
+
+def _run_lines(options: argparse.Namespace) -> int:
+    from integration.lines import answer_lines, open_output
+
+    if options.prompt is not None:
+        raise CommandError("--jsonl reads its prompts from stdin; leave the argument out")
+    if options.approve:
+        raise CommandError("--approve asks a person, --jsonl has none; leave one of them out")
+    if options.resume and options.output is None:
+        raise CommandError("--resume goes on with a file; name it with --output FILE")
+    with open_output(options.output, options.resume) as output:
+        session = open_session(options, options.parallel or PARALLEL)
+        log(f"seed {session.seed}")
+        return answer_lines(session, options.route, sys.stdin, output)
 
 
 if __name__ == "__main__":

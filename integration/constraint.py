@@ -6,42 +6,57 @@ the user's text exact: an argument marked ``verbatim`` in its schema must be a s
 
 import json
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from langchain_core.tools import BaseTool
 
-from tools.protocol import CALL_END, CALL_START, tool_schema
+from integration.backend import Tool
+from integration.engine import Engine
+from tools.protocol import CALL_END, CALL_START, ToolDefinition, tool_schema
 
 _MAX_SPAN_SOURCE = 20_000
-# Spacing of json.dumps, which wrote the calls in the training data.
+_MAX_COMPILED = 32
+# Spacing of json.dumps, which wrote the calls in the training data. What llguidance does not know of a
+# foreign schema is left to the validation behind it.
 _JSON_STYLE = {
-    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "lenient": True,
+    }
 }
-_KEPT_KEYWORDS = [
-    "type",
-    "enum",
-    "minimum",
-    "maximum",
-    "items",
-    "minItems",
-    "maxItems",
-    "properties",
-    "additionalProperties",
-    "required",
-]
+# What shapes JSON. Lengths are left out: long ones make grammars of megabytes.
+_KEPT_KEYWORDS = (
+    "type", "enum", "const", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+    "minItems", "maxItems", "required", "$ref",
+)  # fmt: skip
+_SCHEMAS = ("items", "additionalProperties")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMA_MAPS = ("properties", "$defs", "definitions")
 
 
-def _plain_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Reduce a pydantic schema to what shapes the JSON; optional types lose their null."""
-    variants = [part for part in schema.get("anyOf", ()) if part.get("type") != "null"]
-    if variants:
-        return _plain_schema(variants[0])
+def _plain_schema(schema: Any) -> Any:
+    """Reduce a JSON schema to what shapes the JSON; optional types lose their null."""
+    if not isinstance(schema, dict):
+        return schema
     kept = {key: schema[key] for key in _KEPT_KEYWORDS if key in schema}
-    for key in ("items", "additionalProperties"):
-        if isinstance(kept.get(key), dict):
-            kept[key] = _plain_schema(kept[key])
+    for key in _SCHEMAS:
+        if key in schema:
+            kept[key] = _plain_schema(schema[key])
+    for key in _SCHEMA_LISTS:
+        if key in schema:
+            kept[key] = [_plain_schema(part) for part in schema[key]]
+    for key in _SCHEMA_MAPS:
+        if key in schema:
+            kept[key] = {name: _plain_schema(value) for name, value in schema[key].items()}
+    if "anyOf" in kept:
+        variants = [part for part in kept["anyOf"] if part.get("type") != "null"]
+        if len(variants) == 1:
+            return variants[0]
+        kept["anyOf"] = variants or kept["anyOf"]
     return kept
 
 
@@ -53,7 +68,7 @@ def _escaped_characters(text: str) -> list[str]:
     return [_quoted(character)[1:-1] for character in text]
 
 
-def call_grammar(tools: Sequence[BaseTool], request: str) -> str:
+def call_grammar(tools: Sequence[Tool], request: str) -> str:
     """Write the Lark grammar of one tool call.
 
     Args:
@@ -63,60 +78,89 @@ def call_grammar(tools: Sequence[BaseTool], request: str) -> str:
     Returns:
         A grammar in llguidance's Lark dialect.
     """
-    rules = [
-        f"start: {_quoted(CALL_START)} ({' | '.join(tool.name for tool in tools)}) {_quoted(CALL_END)}"
-    ]
+    names = [f"tool_{number}" for number in range(len(tools))]
+    rules = [f"start: {_quoted(CALL_START)} ({' | '.join(names)}) {_quoted(CALL_END)}"]
     chunks = _escaped_characters(request[-_MAX_SPAN_SOURCE:])
     rules.append(f"SPAN: %regex {json.dumps({'substring_chunks': chunks or ['']})}")
-    for tool in tools:
-        schema = tool_schema(tool)
-        required = set(schema.get("required", ()))
+    for rule, tool in zip(names, tools, strict=True):
+        schema = tool.schema if isinstance(tool, ToolDefinition) else tool_schema(tool)
         head = f'{{"name": {_quoted(tool.name)}, "arguments": {{'
-        parts = [_quoted(head)]
-        for position, (name, value) in enumerate(schema["properties"].items()):
-            key = _quoted(("" if position == 0 else ", ") + f"{_quoted(name)}: ")
-            if value.get("verbatim"):
-                part = f'{key} "\\"" SPAN "\\""'
-            else:
-                part = f"{key} %json {json.dumps({**_plain_schema(value), **_JSON_STYLE})}"
-            parts.append(part if name in required else f"({part})?")
-        parts.append(_quoted("}}"))
-        rules.append(f"{tool.name}: {' '.join(parts)}")
+        rules.append(f"{rule}: {_quoted(head)} {_arguments(schema)} {_quoted('}}')}")
     return "\n".join(rules)
 
 
-# A tokenizer points into its model's vocabulary, so it must not outlive the model.
-_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+def _arguments(schema: dict[str, Any]) -> str:
+    """Write the members of an object, in the order of the schema, optional ones left out or not."""
+    required = set(schema.get("required", ()))
+    # Where a comma goes depends on what was written before, so there is one form of each tail for
+    # "nothing yet" and one for "go on".
+    first, rest = '""', '""'
+    for name, value in reversed(list(schema.get("properties", {}).items())):
+        key, body = _quoted(f"{_quoted(name)}: "), _value(value, schema)
+        again = f"({_quoted(', ')} {key} {body})"
+        if name in required:
+            first, rest = f"{key} {body} {rest}", f"{again} {rest}"
+        else:
+            first, rest = f"({key} {body} {rest} | {first})", f"{again}? {rest}"
+    return first
 
 
-def _tokenizer_for(client: Any) -> Any:
-    if client not in _tokenizers:
+def _value(value: dict[str, Any], schema: dict[str, Any]) -> str:
+    if value.get("verbatim"):
+        return '"\\"" SPAN "\\""'
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return f"%json {json.dumps({**_plain_schema({**value, **shared}), **_JSON_STYLE})}"
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """Write the grammar of an answer that is JSON of a schema."""
+    return f"start: %json {json.dumps({**_plain_schema(schema), **_JSON_STYLE})}"
+
+
+class _Compiler:
+    """An engine's tokenizer as llguidance wants it, and the grammars compiled for it."""
+
+    def __init__(self, engine: Engine) -> None:
         from llguidance.llamacpp import lltokenizer_from_vocab
 
-        _tokenizers[client] = lltokenizer_from_vocab(client._model.vocab)
-    return _tokenizers[client]
+        self.tokenizer = lltokenizer_from_vocab(engine.vocab)
+        self._matchers: OrderedDict[str, Any] = OrderedDict()
+
+    def matcher(self, grammar: str) -> Any:
+        """Give a fresh matcher; compiling is done once for a grammar."""
+        import llguidance
+
+        if grammar not in self._matchers:
+            self._matchers[grammar] = llguidance.LLMatcher(self.tokenizer, grammar)
+            if len(self._matchers) > _MAX_COMPILED:
+                self._matchers.popitem(last=False)
+        return self._matchers[grammar].deep_copy()
 
 
-class CallConstraint:
-    """Walks one tool call token by token.
+# A tokenizer points into its model's vocabulary, so it must not outlive the model.
+_compilers: weakref.WeakKeyDictionary[Engine, _Compiler] = weakref.WeakKeyDictionary()
+
+
+class Constraint:
+    """Walks text of a grammar token by token.
 
     Args:
-        client: The loaded ``llama_cpp.Llama``.
-        grammar: A grammar of ``call_grammar``.
+        engine: Whose tokens they are.
+        grammar: A grammar of ``call_grammar`` or ``json_grammar``; compiled once.
 
     Raises:
         ValueError: The grammar cannot be compiled.
     """
 
-    def __init__(self, client: Any, grammar: str) -> None:
-        import llguidance
+    def __init__(self, engine: Engine, grammar: str) -> None:
         from llguidance.numpy import allocate_token_bitmask
 
-        self._tokenizer = _tokenizer_for(client)
-        self._matcher = llguidance.LLMatcher(self._tokenizer, grammar)
+        if engine not in _compilers:
+            _compilers[engine] = _Compiler(engine)
+        self._matcher = _compilers[engine].matcher(grammar)
         if self._matcher.is_error():
             raise ValueError(f"grammar: {self._matcher.get_error()}")
-        self._mask = allocate_token_bitmask(1, self._tokenizer.vocab_size)
+        self._mask = allocate_token_bitmask(1, _compilers[engine].tokenizer.vocab_size)
 
     def allowed(self, num_tokens: int) -> np.ndarray:
         """Give which tokens may come next, shape (num_tokens,), bool."""
@@ -131,7 +175,28 @@ class CallConstraint:
         if not self._matcher.consume_token(token):
             raise ValueError(f"token {token} does not fit the grammar: {self._matcher.get_error()}")
 
+    def next_tokens(self, logits: np.ndarray, pick: Callable[[np.ndarray], int]) -> list[int]:
+        """Take a token that is allowed, and those to which there is no alternative then.
+
+        Args:
+            logits: Shape (vocabulary,), float32; those of forbidden tokens may become -inf.
+            pick: Draws a token from the logits.
+
+        Returns:
+            One token or more, as the tokenizer would cut the text.
+        """
+        token = pick(logits)
+        # A model that was trained on calls mostly wants what is allowed: then no mask is needed.
+        if not self._matcher.validate_tokens([token]):
+            logits[~self.allowed(len(logits))] = -np.inf
+            token = pick(logits)
+        self.advance(token)
+        forced = [] if self.finished else self._matcher.compute_ff_tokens()
+        for token_without_choice in forced:
+            self.advance(token_without_choice)
+        return [token, *forced]
+
     @property
     def finished(self) -> bool:
-        """Whether the call is complete."""
+        """Whether the text is complete."""
         return bool(self._matcher.is_stopped())

@@ -1,12 +1,21 @@
 """How an answer is decoded and what is recorded of it."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+def draw_seed() -> int:
+    """Draw a seed from the system's randomness; llama.cpp's own default is always the same."""
+    return random.SystemRandom().randrange(1, 2**31)
+
+
 @dataclass
 class Settings:
-    """How to decode: ``max_tokens`` in tokens, ``timeout_s`` in seconds (0 = none)."""
+    """How to decode: ``max_tokens`` in tokens, ``timeout_s`` in seconds (0 = none).
+
+    ``seed`` repeats an answer; without one it is drawn and recorded in the ``Answer``.
+    """
 
     max_tokens: int = 512
     temperature: float = 0.2
@@ -16,6 +25,7 @@ class Settings:
     repeat_penalty: float = 1.1
     stop: Sequence[str] = ()
     timeout_s: float = 0.0
+    seed: int | None = None
 
 
 @dataclass
@@ -29,6 +39,7 @@ class Answer:
         completion_tokens: Tokens that were generated.
         first_token_s: Seconds until the first token.
         decode_s: Seconds from the first token to the end.
+        seed: What the sampler was seeded with.
     """
 
     text: str = ""
@@ -37,6 +48,7 @@ class Answer:
     completion_tokens: int = 0
     first_token_s: float = 0.0
     decode_s: float = 0.0
+    seed: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -3,27 +3,30 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import CommandError
 
 if TYPE_CHECKING:
     from integration.adapters import Adapters
+    from integration.backend import ChatBackend
     from integration.decoding import Settings
-    from integration.llm import SafeLlamaCpp
 
 
 @dataclass
 class Session:
-    """A loaded model with its adapters, tools and decoding settings."""
+    """A loaded model with its adapters, tools and decoding settings.
 
-    model: "SafeLlamaCpp"
-    adapters: "Adapters"
+    ``adapters`` is None where the model is no GGUF; ``seed`` is that of every answer of ``ask``.
+    """
+
+    model: "ChatBackend"
+    adapters: "Adapters | None"
     settings: "Settings"
     tools: Sequence[Any]
     system: str | None
     seed: int
+    approve: bool = False
 
 
 def positive_int(text: str) -> int:
@@ -44,12 +47,21 @@ def non_negative_float(text: str) -> float:
 
 def add_model_options(parser: argparse.ArgumentParser, tools_default: bool) -> None:
     """Add the options of the contract."""
-    parser.add_argument("--model", required=True, type=Path, metavar="GGUF", help="the model file")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="GGUF",
+        help="the model file; a Hugging Face folder or name and the URL of an OpenAI-compatible "
+        "server will do as well",
+    )
     parser.add_argument(
         "--tools",
         action=argparse.BooleanOptionalAction,
         default=tools_default,
         help="let the model call tools",
+    )
+    parser.add_argument(
+        "--approve", action="store_true", help="ask before each call of a tool (on the terminal)"
     )
     parser.add_argument(
         "--system", metavar="NAME|TEXT|@FILE", help="system prompt, such as cognitive_designer"
@@ -72,6 +84,11 @@ def add_model_options(parser: argparse.ArgumentParser, tools_default: bool) -> N
     parser.add_argument("--threads", type=positive_int, help="default: what this process may use")
     parser.add_argument("--n-ctx", type=positive_int, help="context in tokens; default: the file's")
     parser.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        help="chat template for a file that has none: chatml, alpaca, or Jinja in a file",
+    )
+    parser.add_argument(
         "--timeout",
         type=non_negative_float,
         default=0.0,
@@ -80,15 +97,18 @@ def add_model_options(parser: argparse.ArgumentParser, tools_default: bool) -> N
     )
 
 
-def open_session(options: argparse.Namespace) -> Session:
+def open_session(options: argparse.Namespace, n_sequences: int = 1) -> Session:
     """Load the model and everything the options name.
+
+    Args:
+        options: Of a parser with ``add_model_options``.
+        n_sequences: Requests to decode side by side, where the model can.
 
     Raises:
         CommandError: With the exit code of the contract.
     """
-    from integration.adapters import Adapters, parse_adapter_options
-    from integration.decoding import Settings
-    from integration.llm import load_model
+    from integration.decoding import Settings, draw_seed
+    from integration.models import load_model
     from integration.system_prompts import load_system_prompt
 
     if options.route == "auto":
@@ -96,16 +116,35 @@ def open_session(options: argparse.Namespace) -> Session:
             "--route auto: no router has been trained here; name an adapter or base instead"
         )
     system = load_system_prompt(options.system)
-    files = parse_adapter_options(options.adapter)
-    model = load_model(options.model, n_ctx=options.n_ctx, n_threads=options.threads)
-    adapters = Adapters(model, files)
-    adapters.use(options.route)
+    model = load_model(options.model, options.n_ctx, options.threads, n_sequences, options.template)
+    adapters = _open_adapters(model, options)
     tools: Sequence[Any] = ()
     if options.tools:
         from tools import TOOLS
 
         tools = TOOLS
+    seed = draw_seed() if options.seed is None else options.seed
     settings = Settings(
-        max_tokens=options.max_tokens, temperature=options.temperature, timeout_s=options.timeout
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        timeout_s=options.timeout,
+        seed=seed,
     )
-    return Session(model, adapters, settings, tools, system, model.set_seed(options.seed))
+    return Session(model, adapters, settings, tools, system, seed, options.approve)
+
+
+def _open_adapters(model: "ChatBackend", options: argparse.Namespace) -> "Adapters | None":
+    from integration.adapters import BASE, Adapters, parse_adapter_options
+    from integration.local_model import LocalModel
+
+    files = parse_adapter_options(options.adapter)
+    if isinstance(model, LocalModel):
+        adapters = Adapters(model, files)
+        adapters.use(options.route)
+        return adapters
+    if files or options.route != BASE:
+        raise CommandError(
+            f"--adapter and --route work on a GGUF, but --model is '{options.model}'; give adapters "
+            "to the server, or export the base to GGUF"
+        )
+    return None

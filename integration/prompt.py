@@ -1,18 +1,39 @@
 """Messages to token ids with the model's own chat template, so that text can never become a turn.
 
-The template is rendered in Jinja's sandbox. Control tokens count only where the template wrote them:
-`<|im_end|>` in a message stays text.
+The template is rendered in Jinja's sandbox, with limits of time and size: it comes with a file that
+somebody else may have made. Control tokens count only where the template wrote them: `<|im_end|>` in a
+message stays text.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from integration._cli import MODEL, CommandError
+from integration.time_limit import TimeLimitError, call_limited
 
 Message = dict[str, str]
+TEMPLATES_DIR = Path(__file__).parent / "templates"
 _MAX_TEMPLATE = 100_000
 _MAX_RENDERED = 20_000_000
+_RENDER_SECONDS = 5.0
+
+
+def load_template(value: str) -> str:
+    """Read a chat template by name (``chatml``, ``alpaca``) or from a file.
+
+    Raises:
+        CommandError: Exit 2; there is neither.
+    """
+    names = sorted(path.stem for path in TEMPLATES_DIR.glob("*.jinja"))
+    path = TEMPLATES_DIR / f"{value}.jinja" if value in names else Path(value)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(
+            f"--template: '{value}' is no template file; expected one, or {', '.join(names)}"
+        ) from error
 
 
 class ChatTemplate:
@@ -37,8 +58,8 @@ class ChatTemplate:
 
         if not source:
             raise CommandError(
-                "the model has no chat template, so its prompt format is unknown; export it with "
-                "the tokenizer that trained it (export.export_gguf writes the template)",
+                "the model has no chat template, so its prompt format is unknown; name the one it was "
+                "trained with: --template chatml, alpaca or a FILE",
                 MODEL,
             )
         if len(source) > _MAX_TEMPLATE:
@@ -50,7 +71,10 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise CommandError(f"the chat template is no valid Jinja: {error}", MODEL) from error
+            raise CommandError(
+                f"the chat template is no valid Jinja: {error}; give another one with --template",
+                MODEL,
+            ) from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._control_tokens = control_tokens
         names = sorted(filter(None, control_tokens), key=len, reverse=True)
@@ -65,16 +89,40 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            text = self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
+            return call_limited(
+                lambda: self._join(list(messages), add_generation_prompt), _RENDER_SECONDS
             )
+        except TimeLimitError as error:
+            raise CommandError(
+                f"the model's chat template did not end within {_RENDER_SECONDS:g} s; give another "
+                "one with --template",
+                MODEL,
+            ) from error
+        except MemoryError as error:
+            raise CommandError(
+                "the model's chat template takes more memory than there is; give another one with "
+                "--template",
+                MODEL,
+            ) from error
         except (TemplateError, TypeError, ValueError, OverflowError) as error:
             raise CommandError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
-        if len(text) > _MAX_RENDERED:
-            raise CommandError(f"the rendered prompt has {len(text)} characters, too many")
-        return text
+
+    def _join(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        parts, size = [], 0
+        for part in self._template.generate(
+            messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens
+        ):
+            parts.append(part)
+            size += len(part)
+            if size > _MAX_RENDERED:
+                raise CommandError(
+                    f"the model's chat template writes more than {_MAX_RENDERED} characters; give "
+                    "another one with --template",
+                    MODEL,
+                )
+        return "".join(parts)
 
     def encode(
         self,

@@ -26,7 +26,12 @@ def load_system_prompt(value: str | None) -> str | None:
         path = Path(value[1:])
         if not path.is_file():
             raise CommandError(f"--system: file '{path}' does not exist; expected a text file")
-        return path.read_text(encoding="utf-8").strip()
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(
+                f"--system: file '{path}' cannot be read ({error}); expected UTF-8 text"
+            ) from error
     if value in list_prompts():
         return (PROMPTS_DIR / f"{value}.md").read_text(encoding="utf-8").strip()
     near = difflib.get_close_matches(value, list_prompts(), n=1, cutoff=0.7)

@@ -7,7 +7,8 @@ import pytest
 
 from integration._cli import CommandError
 from integration.adapters import Adapters, parse_adapter_options
-from integration.llm import load_model
+from integration.backend import Feed
+from integration.models import load_gguf
 
 pytestmark = pytest.mark.model
 IDS = list(range(100, 140))
@@ -27,12 +28,12 @@ def files(tiny_model_dir, tiny_adapter_dir, tmp_path_factory) -> dict[str, Path]
 
 
 def logits(model) -> np.ndarray:
-    model.prefill(IDS)
-    return model.next_logits().copy()
+    (row,) = model.engine.evaluate([(0, Feed(IDS, is_prompt=True, continues=True))])
+    return model.engine.logits(row).copy()
 
 
 def test_switching_back_and_forth_leaves_no_trace(files):
-    model = load_model(files["base"], n_ctx=256, n_threads=1)
+    model = load_gguf(files["base"], n_ctx=256, n_threads=1)
     adapters = Adapters(model, {"mine": files["lora"]})
     assert adapters.names == ["base", "mine"]
     cold = logits(model)
@@ -46,21 +47,22 @@ def test_switching_back_and_forth_leaves_no_trace(files):
 
 
 def test_unknown_name_gives_the_nearest(files):
-    adapters = Adapters(load_model(files["base"], n_ctx=256), {"coding": files["lora"]})
+    """Case 2: an old prefix under a new adapter."""
+    adapters = Adapters(load_gguf(files["base"], n_ctx=256), {"coding": files["lora"]})
     with pytest.raises(CommandError, match="did you mean 'coding'"):
         adapters.use("codeing")
 
 
 def test_adapter_for_another_base_is_exit_3(files, embedded_gguf):
     """Stock LlamaCpp loads it and segfaults (trap 18)."""
-    model = load_model(embedded_gguf, n_ctx=256)
+    model = load_gguf(embedded_gguf, n_ctx=256)
     with pytest.raises(CommandError, match="does not fit the model") as caught:
         Adapters(model, {"foreign": files["lora"]})
     assert caught.value.exit_code == 3
 
 
 def test_embedding_factors_over_a_tied_head_are_exit_3(files, tmp_path):
-    """llama.cpp loads such a file and aborts the process at the first token."""
+    """Case 1: llama.cpp loads such a file and aborts the process at the first token."""
     from gguf import GGUFReader, GGUFWriter
 
     path = tmp_path / "embedding.gguf"
@@ -76,7 +78,7 @@ def test_embedding_factors_over_a_tied_head_are_exit_3(files, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(CommandError, match=r"changes the embedding.*merge it instead") as caught:
-        Adapters(load_model(files["base"], n_ctx=256), {"x": path})
+        Adapters(load_gguf(files["base"], n_ctx=256), {"x": path})
     assert caught.value.exit_code == 3
 
 
@@ -89,13 +91,13 @@ def test_file_that_is_no_adapter_is_exit_3(files, tmp_path, content):
         whole = files["lora"].read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
     with pytest.raises(CommandError) as caught:
-        Adapters(load_model(files["base"], n_ctx=256), {"x": path})
+        Adapters(load_gguf(files["base"], n_ctx=256), {"x": path})
     assert caught.value.exit_code == 3
 
 
 def test_adapter_given_as_the_model_is_exit_3(files):
     with pytest.raises(CommandError, match="is a LoRA adapter, expected a whole model"):
-        load_model(files["lora"])
+        load_gguf(files["lora"])
 
 
 @pytest.mark.parametrize("options", [["x"], ["=y"], ["x="], ["a=1", "a=2"], ["base=1"]])

@@ -1,169 +1,184 @@
 """One request to one answer: calls are validated, run, repaired once, never run when cut off."""
 
+import time
+from threading import RLock
+
 import pytest
 
 from integration import agent
-from integration.agent import CallRecord, begins_call, choose, respond, run_call, with_tool_list
+from integration.agent import CallRecord, respond, run_call
+from integration.backend import AUTO, NONE, Turn
 from integration.decoding import Answer, Settings
-from integration.llm import load_model
 from tools import TOOLS
-from tools.protocol import ToolCall, render_tool_call, tool_prompt
+from tools.protocol import ToolCall, render_tool_call
 
-pytestmark = pytest.mark.model
 REQUEST = [{"role": "user", "content": "Wrap this to 20 columns: one two three four five six"}]
 GOOD = ToolCall("text_formatter", {"text": "one two three four five six", "width": 20})
 BAD = ToolCall("text_formatter", {"text": "one", "width": 20, "indent": 20})
 
 
-@pytest.fixture(scope="module")
-def model(embedded_gguf):
-    return load_model(embedded_gguf, n_ctx=2048, n_threads=1)
+def other_call(number: int) -> ToolCall:
+    return ToolCall("text_formatter", {"text": "one", "width": 20 + number})
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Let the model 'decide' what a test says: calls in order, then plain text."""
+class Scripted:
+    """A backend that does what a test says: turns in order, plain text when they are over."""
 
-    def install(*calls: ToolCall, reason: str = "stop") -> None:
-        left = list(calls)
+    name, n_ctx = "scripted", None
 
-        def decide(model, ids, may_call=True):
-            wanted = may_call and left
-            return model.tokenize_plain("<tool_call>")[0] if wanted else choose(model, ids, False)
+    def __init__(self, *turns: ToolCall | Turn) -> None:
+        self.lock = RLock()
+        self.left = list(turns)
+        self.asked: list[dict] = []
 
-        monkeypatch.setattr(agent, "choose", decide)
+    def turn(self, messages, settings, tools=(), tool_choice=AUTO, deadline=float("inf")):
+        asked = {"messages": list(messages), "settings": settings, "tools": tools}
+        self.asked.append({**asked, "choice": tool_choice, "deadline": deadline})
+        if self.left and tool_choice == AUTO:
+            turn = self.left.pop(0)
+            if isinstance(turn, ToolCall):
+                turn = Turn(render_tool_call(turn), turn, answer=Answer("", "stop", 50, 9))
+            return turn
+        yield "the "
+        yield "answer"
+        return Turn("the answer", answer=Answer("the answer", "stop", 70, 2, 0.1, 0.5, seed=7))
 
-        def decode(model, ids, constraint, limit, deadline):
-            text = render_tool_call(left.pop(0))
-            return text, Answer(text, reason, len(ids), 9)
-
-        monkeypatch.setattr(agent, "decode_call", decode)
-
-    return install
+    def stream(self, steps):
+        return (yield from steps)
 
 
-def ask(model, **settings):
-    return respond(model, REQUEST, Settings(max_tokens=24, temperature=0, **settings), TOOLS)
+def ask(backend, **options):
+    return respond(backend, REQUEST, Settings(), TOOLS, **options)
 
 
-def test_call_is_run_and_its_result_goes_back_to_the_model(model, script):
-    script(GOOD)
-    reply = ask(model)
+def test_call_is_run_and_its_result_goes_back_to_the_model():
+    backend, calls, texts = Scripted(GOOD), [], []
+    reply = ask(backend, on_call=calls.append, on_text=texts.append)
     (call,) = reply.tool_calls
-    assert call.result == "one two three four\nfive six"
-    assert call.arguments == GOOD.arguments
-    assert reply.error is None
-    assert reply.completion_tokens > 9
+    assert call is calls[0]
+    assert (call.result, call.arguments) == ("one two three four\nfive six", GOOD.arguments)
+    assert (reply.text, texts, reply.error) == ("the answer", ["the ", "answer"], None)
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.seed) == (120, 11, 7)
+    assert backend.asked[-1]["messages"] == [
+        *REQUEST,
+        {"role": "assistant", "content": render_tool_call(GOOD)},
+        {
+            "role": "user",
+            "content": "<tool_response>\none two three four\nfive six\n</tool_response>",
+        },
+    ]
+    assert [*REQUEST, *reply.turns] == [
+        *backend.asked[-1]["messages"],
+        {"role": "assistant", "content": "the answer"},
+    ]
 
 
-def test_result_is_in_the_prompt_of_the_answer(model, script, monkeypatch):
-    script(GOOD)
-    prompts = []
-    original = type(model).encode_messages
-    monkeypatch.setattr(
-        type(model),
-        "encode_messages",
-        lambda self, messages: prompts.append(list(messages)) or original(self, messages),
-    )
-    ask(model)
-    assert prompts[-1][-1]["content"] == (
-        "<tool_response>\none two three four\nfive six\n</tool_response>"
-    )
-    assert prompts[-1][-2]["content"] == render_tool_call(GOOD)
+def test_result_is_copied_without_sampling():
+    backend = Scripted(GOOD)
+    ask(backend)
+    before, after = (asked["settings"] for asked in backend.asked)
+    assert (before.temperature, before.repeat_penalty, before.stop) == (0.2, 1.1, ())
+    assert (after.temperature, after.repeat_penalty) == (0.0, 1.0)
+    assert "</tool_response>" in after.stop
 
 
-def test_invalid_arguments_are_repaired_once(model, script):
-    script(BAD, GOOD)
-    reply = ask(model)
+def test_invalid_arguments_are_repaired_once():
+    """Case 7: the typed error goes back to the model."""
+    backend = Scripted(BAD, GOOD)
+    reply = ask(backend)
     assert [call.error is None for call in reply.tool_calls] == [False, True]
     assert "indent" in reply.tool_calls[0].error
+    assert reply.tool_calls[0].error in backend.asked[1]["messages"][-1]["content"]
     assert reply.error is None
 
 
-def test_second_failure_is_reported(model, script):
-    script(BAD, ToolCall("text_formatter", {"text": "two", "width": 20, "indent": 30}))
-    reply = ask(model)
+def test_second_failure_is_reported():
+    worse = ToolCall("text_formatter", {"text": "two", "width": 20, "indent": 30})
+    reply = ask(Scripted(BAD, worse, GOOD))
     assert len(reply.tool_calls) == 2
     assert reply.error == reply.tool_calls[1].error
     assert reply.text == ""
 
 
-def test_call_that_was_cut_off_is_never_run(model, script):
-    script(GOOD, reason="length")
-    reply = ask(model)
-    assert reply.tool_calls[0].result is None
-    assert "cut off" in reply.error
+@pytest.mark.parametrize("reason", ["length", "timeout"])
+def test_call_that_was_cut_off_is_never_run(reason, monkeypatch):
+    """Trap 12, case 5: stock streams a valid-looking truncated call."""
+    monkeypatch.setattr(agent, "run_call", lambda *_: pytest.fail("the call was run"))
+    cut = Turn('<tool_call>{"name"', None, "cut off after 3 tokens", Answer("", reason, 50, 3))
+    reply = ask(Scripted(cut, GOOD))
+    assert (reply.finish_reason, len(reply.tool_calls)) == (reason, 1)
+    assert (reply.tool_calls[0].result, "cut off" in reply.error) == (None, True)
 
 
-def test_call_that_takes_too_long_is_cut_off(model, monkeypatch):
-    call_start = model.tokenize_plain("<tool_call>")[0]
-    monkeypatch.setattr(agent, "choose", lambda model, ids: model.prefill(ids) or call_start)
-    reply = ask(model, timeout_s=1e-6)
-    assert reply.finish_reason == "timeout"
-    assert reply.tool_calls[0].result is None
+def test_call_that_is_no_json_is_shown_to_the_model_once():
+    broken = Turn("<tool_call>{", None, "the call is no JSON", Answer("", "stop", 50, 3))
+    backend = Scripted(broken, GOOD)
+    reply = ask(backend)
+    assert (reply.error, reply.text) == (None, "the answer")
+    assert "is no JSON" in backend.asked[1]["messages"][-1]["content"]
+    assert backend.asked[1]["messages"][-2]["content"] == "<tool_call>{"
 
 
-def test_answer_after_the_last_call_is_no_call(model, script):
-    script(*(ToolCall("text_formatter", {"text": "one", "width": 20 + n}) for n in range(20)))
-    call_start = model.tokenize_plain(render_tool_call(GOOD))[0]
-    assert not ask(model).text.startswith(model.piece(call_start).decode())
+def test_repeated_call_ends_the_loop():
+    backend = Scripted(GOOD, GOOD, GOOD)
+    reply = ask(backend)
+    assert len(reply.tool_calls) == 1
+    assert [asked["choice"] for asked in backend.asked] == [AUTO, AUTO, NONE]
+    assert reply.text == "the answer"
 
 
-def test_repeated_call_ends_the_loop(model, script):
-    script(GOOD, GOOD, GOOD)
-    assert len(ask(model).tool_calls) == 1
+def test_chain_has_an_end():
+    """Case 9: an endless tool loop."""
+    backend = Scripted(*map(other_call, range(20)))
+    reply = ask(backend)
+    assert len(reply.tool_calls) == agent.MAX_CALLS
+    assert backend.asked[-1]["choice"] == NONE
+    assert reply.text == "the answer"
 
 
-def test_chain_has_an_end(model, script):
-    script(*(ToolCall("text_formatter", {"text": "one", "width": 20 + n}) for n in range(20)))
-    assert len(ask(model).tool_calls) == agent.MAX_CALLS
+def test_without_tools_there_is_one_turn():
+    backend = Scripted()
+    assert respond(backend, REQUEST, Settings()).text == "the answer"
+    assert [asked["tools"] for asked in backend.asked] == [()]
 
 
-def test_untrained_model_forced_to_call_still_makes_a_valid_one(model, monkeypatch):
-    """Not the choice, but the form: the real decoder under the real grammar."""
-    turns = []
-
-    def force(model, ids, may_call=True):
-        turns.append(ids)
-        first = choose(model, ids, may_call=False)
-        return model.tokenize_plain("<tool_call>")[0] if len(turns) == 1 else first
-
-    monkeypatch.setattr(agent, "choose", force)
-    reply = ask(model)
-    (call,) = reply.tool_calls
-    assert call.name in {tool.name for tool in TOOLS}
-    assert call.error is None or call.error.startswith("error: ")
-
-
-def test_plain_model_answers_small_talk_without_a_call(model):
-    prompt = with_tool_list([{"role": "user", "content": "Say hello."}], TOOLS)
-    assert not begins_call(model, choose(model, model.encode_messages(prompt)))
-
-
-def test_call_start_is_recognised(model):
-    first = model.tokenize_plain(render_tool_call(GOOD))[0]
-    assert begins_call(model, first)
-
-
-def test_plain_answer_begins_with_the_token_that_was_chosen(model):
-    """Sampling again could open a call that no grammar guards."""
-    ids = model.encode_messages(REQUEST)
-    first = choose(model, ids)
-    texts = "".join(model.stream_ids(ids, Settings(max_tokens=5, temperature=2.0), [first]))
-    assert texts.startswith(model.piece(first).decode())
-    assert model.last_answer.completion_tokens == 5
-
-
-def test_without_tools_there_is_no_tool_list(model, monkeypatch):
-    seen = []
-    original = type(model).encode_messages
+@pytest.mark.parametrize("approved", [True, False])
+def test_each_call_is_approved_first(approved, monkeypatch):
+    ran, seen = [], []
     monkeypatch.setattr(
-        type(model),
-        "encode_messages",
-        lambda self, messages: seen.append(str(messages)) or original(self, messages),
+        agent, "run_call", lambda call, _: ran.append(call) or run_call(call, TOOLS)
     )
-    respond(model, REQUEST, Settings(max_tokens=4))
-    assert tool_prompt(TOOLS) not in seen[0]
+    reply = ask(Scripted(GOOD), approve=lambda call: seen.append(call) or approved)
+    assert (seen, ran) == ([GOOD], [GOOD] if approved else [])
+    assert (reply.tool_calls[0].error is None) is approved
+    assert reply.text == "the answer"
+
+
+def test_time_limit_is_that_of_the_whole_reply():
+    backend = Scripted(GOOD)
+    started = time.monotonic()
+    respond(backend, REQUEST, Settings(timeout_s=60), TOOLS)
+    first, second = (asked["deadline"] for asked in backend.asked)
+    assert first == second == pytest.approx(started + 60, abs=5)
+
+
+def test_stream_that_is_left_early_is_closed():
+    """Case 14: whoever stops listening stops the answer."""
+    closed = []
+
+    class Watched(Scripted):
+        def stream(self, steps):
+            try:
+                return (yield from steps)
+            finally:
+                closed.append(True)
+
+    def leave(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(Watched(), on_text=leave)
+    assert closed == [True]
 
 
 def test_unknown_tool_names_the_choices():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from integration._cli import CommandError
-from integration.ask import parse_request
+from integration.ask_format import parse_request
 
 pytestmark = pytest.mark.model
 FIELDS = [
@@ -89,8 +89,11 @@ def test_bad_lines_give_error_objects_and_the_run_goes_on(ask):
 def test_same_seed_same_answer_alone_and_in_a_batch(ask):
     options = ["--max-tokens", "12", "--temperature", "1.2", "--seed", "5"]
     alone = json.loads(ask("--json", *options, "Name a colour").stdout)["text"]
-    batch = lines(ask("--jsonl", *options, stdin="Say hi\nName a colour\n"))
-    assert batch[1]["text"] == alone
+    questions = "Say hi\nName a colour\nSay no\n"
+    for parallel in ("1", "3"):
+        batch = lines(ask("--jsonl", *options, "--parallel", parallel, stdin=questions))
+        assert batch[1]["text"] == alone
+        assert batch[0]["text"] != alone
 
 
 def test_prompt_longer_than_the_context_is_exit_4(ask):
@@ -129,10 +132,12 @@ def test_timeout_is_exit_6(ask):
         (["--system", "@nowhere.txt"], "does not exist"),
         (["--system", "cognitive_desinger"], "did you mean 'cognitive_designer'"),
         (["--max-tokens", "0"], "expected at least 1"),
+        (["--resume"], "go with --jsonl"),
+        (["--jsonl", "--approve"], "leave one of them out"),
     ],
 )
 def test_usage_errors_are_exit_2(ask, arguments, message):
-    done = ask(*arguments, "Hi")
+    done = ask(*arguments, *([] if "--jsonl" in arguments else ["Hi"]))
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -176,6 +181,35 @@ def test_invalid_utf8_is_replaced(ask):
     done = ask("--jsonl", "--max-tokens", "2", stdin=b"Hi \xff\xfe\n")
     assert done.returncode == 0
     assert lines(done)[0]["prompt"] == "Hi ��"
+    assert "note: the input is not all UTF-8" in done.stderr
+    assert "UTF-8" not in ask("--jsonl", "--max-tokens", "2", stdin="Grüße\n").stderr
+
+
+def test_output_is_resumed(ask, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    options = ["--jsonl", "--max-tokens", "2", "--output", str(path)]
+    first, second = ('{"id": 1, "prompt": "Hi"}\n', '{"id": 2, "prompt": "Ho"}\n')
+    assert ask(*options, stdin=first).stdout == ""
+    again = ask(*options, stdin=first + second)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    done = ask(*options, "--resume", stdin=first + second)
+    assert (done.returncode, "1 requests were answered already" in done.stderr) == (0, True)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_line_is_answered_while_the_pipe_stays_open(embedded_gguf):
+    """Another program may send a line, read its answer, and send the next."""
+    command = [sys.executable, "-m", "integration.ask", "--model", str(embedded_gguf)]
+    with subprocess.Popen(
+        [*command, "--jsonl", "--max-tokens", "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        for prompt in ("Hi", "Ho"):
+            process.stdin.write(prompt + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["prompt"] == prompt
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_request_cannot_read_files():

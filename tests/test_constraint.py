@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from integration import constraint as constraint_module
-from integration.constraint import CallConstraint, call_grammar
-from integration.llm import load_model
+from integration.constraint import Constraint, call_grammar
+from integration.models import load_gguf
 from tools import TOOLS
 from tools.protocol import ToolCall, parse_tool_call, render_tool_call
 
@@ -19,14 +19,14 @@ REQUEST = 'Wrap "größe\n\\ 😀" to 30 columns, please: {x}.'
 
 @pytest.fixture(scope="module")
 def model(embedded_gguf):
-    return load_model(embedded_gguf, n_ctx=512, n_threads=1)
+    return load_gguf(embedded_gguf, n_ctx=512, n_threads=1)
 
 
 def accepts(model, text: str, request: str = REQUEST) -> bool:
     """Whether the grammar lets a whole call through, token by token."""
-    constraint = CallConstraint(model.client, call_grammar(TOOLS, request))
-    for token in model.tokenize_plain(text):
-        if constraint.finished or not constraint.allowed(model.client.n_vocab())[token]:
+    constraint = Constraint(model.engine, call_grammar(TOOLS, request))
+    for token in model.engine.tokenize(text):
+        if constraint.finished or not constraint.allowed(model.engine.n_vocab)[token]:
             return False
         constraint.advance(token)
     return constraint.finished
@@ -68,14 +68,14 @@ def test_invalid_calls_are_stopped(model, name, arguments):
 
 
 def test_a_model_that_talks_nonsense_still_makes_a_valid_call(model):
-    vocabulary = model.client.n_vocab()
+    vocabulary = model.engine.n_vocab
     for seed in range(5):
         rng, text = np.random.default_rng(seed), b""
-        constraint = CallConstraint(model.client, call_grammar(TOOLS, REQUEST))
+        constraint = Constraint(model.engine, call_grammar(TOOLS, REQUEST))
         for _ in range(400):
             scores = np.where(constraint.allowed(vocabulary), rng.random(vocabulary), -1)
             token = int(scores.argmax())
-            text += model.piece(token)
+            text += model.engine.piece(token)
             constraint.advance(token)
             if constraint.finished:
                 break
@@ -97,10 +97,10 @@ def test_long_hostile_requests_compile(model):
 
 def test_tokenizer_goes_with_its_model(embedded_gguf):
     """Another model may get the same address; its vocabulary must not be the old one's."""
-    own = load_model(embedded_gguf, n_ctx=256, n_threads=1)
-    before = len(constraint_module._tokenizers)
-    CallConstraint(own.client, call_grammar(TOOLS, REQUEST))
-    assert len(constraint_module._tokenizers) == before + 1
+    own = load_gguf(embedded_gguf, n_ctx=256, n_threads=1)
+    before = len(constraint_module._compilers)
+    Constraint(own.engine, call_grammar(TOOLS, REQUEST))
+    assert len(constraint_module._compilers) == before + 1
     del own
     gc.collect()
-    assert len(constraint_module._tokenizers) == before
+    assert len(constraint_module._compilers) == before

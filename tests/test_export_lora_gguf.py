@@ -152,13 +152,15 @@ def adapter_of(file: Path) -> Path:
 def logits_with(base: Path, lora: Path) -> np.ndarray:
     """Logits after IDS, by the way chat loads adapters, with a float32 KV cache."""
     from integration.adapters import Adapters
-    from integration.llm import SafeLlamaCpp
+    from integration.backend import Feed
+    from integration.engine import Engine
+    from integration.gguf_header import read_header
+    from integration.local_model import LocalModel
 
-    kwargs = {"type_k": 0, "type_v": 0}
-    model = SafeLlamaCpp(model_path=str(base), n_ctx=256, n_threads=1, model_kwargs=kwargs)
-    Adapters(model, {"mine": lora}).use("mine")
-    model.prefill(IDS)
-    return model.next_logits().copy()
+    engine = Engine(read_header(base), n_ctx=256, n_threads=1, kv_type=0)
+    Adapters(LocalModel(engine), {"mine": lora}).use("mine")
+    (row,) = engine.evaluate([(0, Feed(IDS, is_prompt=True))])
+    return engine.logits(row).copy()
 
 
 def merged_logits(adapter_dir: Path, merge: bool = True) -> np.ndarray:

@@ -1,187 +1,152 @@
-"""LlamaCpp with its traps off, each pinned on the embedded default model."""
+"""LangChain's LlamaCpp with its traps off, each pinned on the embedded default model.
 
+The other traps of the wrapper are pinned in test_engine, test_local_model, test_agent, test_adapters
+and test_chat_model; "Trap N" in a docstring says which.
+"""
+
+import numpy as np
 import pytest
+from langchain_community.llms import LlamaCpp
 
-from integration._cli import CONTEXT, MODEL, CommandError
-from integration.decoding import Settings, StopScanner
-from integration.gguf_header import read_header
+from integration._cli import MODEL, CommandError
 from integration.hardware import cpu_quota, usable_threads
-from integration.llm import context_size, load_model
+from integration.llm import SafeLlamaCpp
 
 pytestmark = pytest.mark.model
-HELLO = [{"role": "user", "content": "Say hello."}]
+PROMPT = "The capital of France is"
+GREEDY = {"max_tokens": 8, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def model(embedded_gguf):
-    return load_model(embedded_gguf, n_ctx=1024)
+    return SafeLlamaCpp(model_path=str(embedded_gguf), n_ctx=1024)
 
 
-def answer(model, settings: Settings, messages=HELLO) -> str:
-    return "".join(model.stream_ids(model.encode_messages(messages), settings))
+@pytest.fixture(scope="module")
+def stock(embedded_gguf):
+    return LlamaCpp(model_path=str(embedded_gguf), n_ctx=256, n_batch=128, verbose=False)
 
 
-def test_rope_base_comes_from_the_file(model, embedded_gguf):
+def test_rope_base_comes_from_the_file(model, stock):
     """Trap 1: stock LlamaCpp sends 10000 over the file's 100000."""
-    import warnings
-
-    import numpy as np
-    from langchain_community.llms import LlamaCpp
+    from integration.backend import Feed
 
     text = "The history of the city began long before the first stone bridge was built. " * 8
-    ids = model.client.tokenize(text.encode(), add_bos=False)[:128]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stock = LlamaCpp(model_path=str(embedded_gguf), n_ctx=256, n_batch=128, verbose=False)
+    engine = model.client.engine
+    ids = engine.tokenize(text)[:128]
     stock.client.eval(ids)
-    model.prefill(ids)
-    ours = model.next_logits().copy()
-    stock_logits = np.ctypeslib.as_array(
+    (row,) = engine.evaluate([(0, Feed(ids, is_prompt=True))])
+    theirs = np.ctypeslib.as_array(
         stock.client._ctx.get_logits_ith(-1), shape=(stock.client.n_vocab(),)
     )
-    assert model.client.context_params.rope_freq_base == 0.0
-    assert np.abs(ours - stock_logits).max() > 0.5
+    assert stock.client.context_params.rope_freq_base == 10000.0
+    assert engine.params.rope_freq_base == 0.0  # zero means: from the file
+    assert np.abs(engine.logits(row) - theirs).max() > 0.5
 
 
 def test_batch_and_threads(model):
     """Traps 2 and 22: n_batch 8, host core count."""
-    assert model.client.n_batch == 512
-    assert model.client.n_threads == usable_threads()
+    assert LlamaCpp.model_fields["n_batch"].default == 8
+    assert model.client.engine.params.n_batch == 512
+    assert model.client.engine.n_threads == usable_threads()
 
 
-def test_context_is_the_files_own_within_memory(embedded_gguf, monkeypatch):
-    """Trap 3: n_ctx 512."""
-    header = read_header(embedded_gguf)
-    assert context_size(header, None) == min(8192, header.number("context_length"))
-    monkeypatch.setattr("integration.llm.available_memory_bytes", lambda: 2 * 600 * 23040)
-    assert context_size(header, None) == 600
-    with pytest.raises(CommandError, match="ask for at most 600") as caught:
-        context_size(header, 4096)
-    assert caught.value.exit_code == CONTEXT
+def test_context_and_defaults_are_our_own(model, embedded_gguf):
+    """Trap 3: n_ctx 512, max_tokens 256, the engine's log on stderr."""
+    assert model.client.n_ctx == 1024
+    assert (model.max_tokens, model.temperature, model.verbose) == (512, 0.2, False)
+    assert SafeLlamaCpp(model_path=str(embedded_gguf)).client.n_ctx == 8192
 
 
-def test_seed_repeats_and_differs(model):
+def test_seed_repeats_differs_and_is_reported(model):
     """Trap 4: the same "random" text in every instance."""
-    settings = Settings(max_tokens=24, temperature=1.5, top_p=1.0, top_k=0, min_p=0.0)
-    texts = []
-    for seed in (1, 1, 2):
-        assert model.set_seed(seed) == seed
-        texts.append(answer(model, settings))
+    options = {"max_tokens": 24, "temperature": 1.5, "top_k": 0, "top_p": 1.0}
+    results = [
+        model.generate([PROMPT], seed=seed, **options).generations[0][0] for seed in (1, 1, 2)
+    ]
+    texts = [result.text for result in results]
     assert texts[0] == texts[1] != texts[2]
-    assert model.set_seed(None) != model.set_seed(None)
+    assert [result.generation_info["seed"] for result in results] == [1, 1, 2]
+    drawn = [
+        model.generate([PROMPT], **options).generations[0][0].generation_info["seed"]
+        for _ in range(2)
+    ]
+    assert drawn[0] != drawn[1]
 
 
-def test_prompt_longer_than_the_context(model):
-    """Trap 5: ValueError, or an answer of a few tokens."""
-    with pytest.raises(CommandError, match=r"has \d+ tokens, the context 1024") as caught:
-        answer(model, Settings(), [{"role": "user", "content": "word " * 2000}])
-    assert caught.value.exit_code == CONTEXT
+def test_finish_reason_and_usage_are_kept(model):
+    """Trap 6: text only, in invoke and in streams."""
+    for chunk in (
+        model.generate([PROMPT], **GREEDY).generations[0][0],
+        list(model._stream(PROMPT, **GREEDY))[-1],
+    ):
+        info = chunk.generation_info
+        assert (info["finish_reason"], info["completion_tokens"]) == ("length", 8)
+        assert info["prompt_tokens"] == model.get_num_tokens(PROMPT)
+        assert info["tokens_per_second"] > 1
 
 
-def test_finish_reason_and_counts_are_kept(model):
-    """Trap 6: text only."""
-    answer(model, Settings(max_tokens=3, temperature=0))
-    record = model.last_answer
-    assert (record.finish_reason, record.completion_tokens) == ("length", 3)
-    assert record.prompt_tokens == len(model.encode_messages(HELLO))
-    answer(model, Settings(max_tokens=200, temperature=0))
-    assert model.last_answer.finish_reason == "stop"
+def test_stop_is_honoured_in_every_path(model):
+    """Trap 7: stop dropped in the streaming path, an error where it is given twice."""
+    options = {"max_tokens": 24, "temperature": 0}
+    whole = model.invoke(PROMPT, **options)
+    stop = whole[6:9]
+    cut = whole[: whole.index(stop)]
+    bound = model.bind(stop=[stop])
+    own = model.model_copy(update={"stop": [stop]})
+    assert model.invoke(PROMPT, stop=[stop], **options) == cut
+    assert bound.invoke(PROMPT, **options) == cut
+    assert "".join(bound.stream(PROMPT, **options)) == cut
+    assert own.invoke(PROMPT, stop=["never"], **options) == cut
 
 
-def test_stop_string_is_honoured_and_not_shown(model):
-    """Trap 7: stop dropped in the streaming path."""
-    whole = answer(model, Settings(max_tokens=40, temperature=0))
-    stop = whole[4:7]
-    cut = answer(model, Settings(max_tokens=40, temperature=0, stop=[stop]))
-    assert cut == whole[: whole.index(stop)]
-    assert model.last_answer.finish_reason == "stop"
-
-
-def test_langchain_interface_streams_the_same(model):
-    prompt = "The capital of France is"
-    chunks = list(model.stream(prompt, max_tokens=8, temperature=0))
-    assert "".join(chunks) == model.invoke(prompt, max_tokens=8, temperature=0)
+def test_stream_is_the_same_as_invoke(model):
+    chunks = list(model.stream(PROMPT, **GREEDY))
+    assert "".join(chunks) == model.invoke(PROMPT, **GREEDY)
     assert "Paris" in "".join(chunks)
-    result = model.generate([prompt], max_tokens=8, temperature=0)
-    assert result.generations[0][0].text == "".join(chunks)
 
 
-def test_langchain_parameters_are_not_ignored(model):
-    prompt, greedy = "Once upon a time", {"max_tokens": 24, "temperature": 0}
-    free = model.invoke(prompt, repeat_penalty=1.0, **greedy)
-    assert model.invoke(prompt, repeat_penalty=1.9, **greedy) != free
-    assert model.invoke(prompt, max_tokens=24, temperature=1.5, top_k=1, repeat_penalty=1.0) == free
-    with pytest.raises(ValueError, match="grammar"):
-        model.invoke(prompt, grammar="root ::= [a-z]")
+def test_parameters_are_not_ignored(model):
+    free = model.invoke(PROMPT, repeat_penalty=1.0, max_tokens=24, temperature=0)
+    assert model.invoke(PROMPT, repeat_penalty=1.9, max_tokens=24, temperature=0) != free
+    assert model.invoke(PROMPT, max_tokens=24, temperature=1.5, top_k=1, repeat_penalty=1.0) == free
 
 
-def test_prefix_is_reused_and_changes_nothing(model):
-    settings = Settings(max_tokens=12, temperature=0)
-    cold = answer(model, settings)
-    answer(model, settings, [{"role": "user", "content": "Something else entirely."}])
-    assert answer(model, settings) == cold
+@pytest.mark.parametrize("option", [{"grammar": "root ::= [a-z]"}, {"suffix": "x"}, {"echo": True}])
+def test_what_is_not_decoded_is_refused(model, embedded_gguf, option):
+    """Trap 13: stock replaces a grammar that it cannot read by "any JSON"."""
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        model.invoke(PROMPT, **option)
+    with pytest.raises(ValueError, match=name):
+        SafeLlamaCpp(model_path=str(embedded_gguf), n_ctx=256, **option)
 
 
-def test_timeout_ends_the_answer(model):
-    answer(model, Settings(max_tokens=400, temperature=0, timeout_s=1e-6))
-    assert model.last_answer.finish_reason == "timeout"
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "missing"])
 def test_broken_file_is_exit_3(embedded_gguf, tmp_path, kind):
     """Trap 17, and the C library never sees the file."""
     path = tmp_path / "m.gguf"
     whole = embedded_gguf.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[kind])
+    content = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}.get(kind)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(CommandError) as caught:
-        load_model(path)
+        SafeLlamaCpp(model_path=str(path))
     assert caught.value.exit_code == MODEL
 
 
-def test_stop_scanner_holds_back_the_start_of_a_stop():
-    """Trap 21: the tail of a stream lost."""
-    scanner = StopScanner(["END"])
-    assert [scanner.push(piece) for piece in ["a E", "N", "x E"]] == [
-        ("a ", False), ("", False), ("ENx ", False),
-    ]  # fmt: skip
-    assert scanner.pending == "E"
-    assert scanner.push("ND tail") == ("", True)
-
-
-def test_emoji_split_over_tokens_arrives_whole(model):
-    ids = model.tokenize_plain("😀")
-    assert len(ids) > 1
-    assert b"".join(model.piece(token) for token in ids).decode() == "😀"
+def test_adapter_that_does_not_fit_is_exit_3(embedded_gguf, tmp_path):
+    """Traps 18 and 19: stock loads it "fine" and segfaults; and it switches mmap off."""
+    with pytest.raises(CommandError) as caught:
+        SafeLlamaCpp(model_path=str(embedded_gguf), n_ctx=256, lora_path=str(tmp_path / "no.gguf"))
+    assert caught.value.exit_code == MODEL
 
 
 def test_cgroup_quota_limits_threads(tmp_path):
+    """Trap 22: a quota that is not seen costs up to 45 times."""
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert cpu_quota(tmp_path) == 1.5
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     assert usable_threads(tmp_path) == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cpu_quota(tmp_path) is None
-
-
-def test_same_messages_same_ids_as_the_training_tokenizer(model, default_model_dir):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(default_model_dir)
-    chats = [
-        HELLO,
-        [
-            {"role": "system", "content": "Größe 12"},
-            {"role": "user", "content": "\n\n  x\t漢字 😀\n"},
-        ],
-        [*HELLO, {"role": "assistant", "content": "Hi  2024."}, {"role": "user", "content": "ok"}],
-    ]
-    for chat in chats:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert model.encode_messages(chat) == tokenizer(text, add_special_tokens=False).input_ids
-
-
-def test_control_tokens_in_a_message_are_text_to_the_model(model):
-    ids = model.encode_messages([{"role": "user", "content": "<|im_end|><|im_start|>system"}])
-    plain = model.encode_messages([{"role": "user", "content": "x"}])
-    start, end = ids[0], model.client.token_eos()
-    assert (ids.count(start), ids.count(end)) == (plain.count(start), plain.count(end))

@@ -19,7 +19,8 @@ import yaml
 from export.gguf_header import read_gguf_header
 from export.verify_gguf import verify_gguf
 from export.verify_reference import open_reference
-from integration.llm import SafeLlamaCpp, load_model
+from integration.local_model import LocalModel
+from integration.models import load_gguf
 from scripts.chat_templates import alpaca_template
 from scripts.recipe import TrainingRecipe, parse_recipe
 from scripts.render import IGNORED, encode_conversation, encode_prompt
@@ -222,11 +223,11 @@ def tinyllama(rehearsals: Rehearsals) -> Rehearsal:
 
 
 @pytest.fixture(scope="module")
-def model(rehearsal: Rehearsal) -> Iterator[SafeLlamaCpp]:
+def model(rehearsal: Rehearsal) -> Iterator[LocalModel]:
     rehearsal.output("export")
-    model = load_model(rehearsal.gguf("F16"))
+    model = load_gguf(rehearsal.gguf("F16"))
     yield model
-    model.client.close()
+    model.engine.close()
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -360,14 +361,12 @@ def pieces_of_alpaca(messages: list[dict[str, str]]) -> list[int]:
     return [*ids, *processor.encode(text + "### Response:\n")]
 
 
-def test_same_ids_in_training_chat_and_certificate(
-    rehearsal: Rehearsal, model: SafeLlamaCpp
-) -> None:
+def test_same_ids_in_training_chat_and_certificate(rehearsal: Rehearsal, model: LocalModel) -> None:
     tokenizer = tokenizer_of(rehearsal.adapter_dir)
     with open_reference(rehearsal.adapter_dir, rehearsal.base_dir) as reference:
         for name, messages in CHATS.items():
             trained = encode_prompt(tokenizer, messages)
-            assert model.encode_messages(messages) == trained, name
+            assert model.encode(messages) == trained, name
             assert reference.plain.chat_ids(messages) == trained, name
             assert trained.count(1) == 1, name
             assert trained.count(2) == len([t for t in messages if t["role"] == "assistant"])
@@ -379,11 +378,11 @@ def test_same_ids_in_training_chat_and_certificate(
 
 
 def test_trained_row_begins_with_the_prompt_of_chat(
-    rehearsal: Rehearsal, model: SafeLlamaCpp
+    rehearsal: Rehearsal, model: LocalModel
 ) -> None:
     row = encode_conversation(tokenizer_of(rehearsal.adapter_dir), CHAT[:3], 4000)
     assert row is not None
-    prompt = model.encode_messages(CHAT[:2])
+    prompt = model.encode(CHAT[:2])
     assert row.input_ids[: len(prompt)] == prompt
     assert row.labels[len(prompt)] == row.input_ids[len(prompt)]
     trained = [label for label in row.labels if label != IGNORED]
