@@ -6,10 +6,10 @@
 
 ``train`` measures real tokens per second, padding and peak memory of 4-bit LoRA training: ours against
 what Unsloth's notebooks write and against TRL + PEFT, same model, rows and steps; the contenders are in
-``scripts.benchmark_train``. ``chat`` measures the seconds from a long prompt to the first token:
-`integration.ask` against stock LangChain ``LlamaCpp`` with its defaults (only the context raised, or
-it would refuse the prompt). ``export`` measures time, peak memory and bytes written from an adapter
-to a Q4_K_M file, against the chain PEFT, converter, quantizer: `scripts.benchmark_export`.
+``scripts.benchmark_train``. ``chat`` measures decoding, waiting for the first token, and batches, against
+raw llama-cpp-python, stock LangChain and processes of one request: `scripts.benchmark_chat`. ``export``
+measures time, peak memory and bytes written from an adapter to a Q4_K_M file, against the chain PEFT,
+converter, quantizer: `scripts.benchmark_export`.
 """
 
 import argparse
@@ -22,74 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.benchmark_chat import DEMO_MODEL, benchmark_chat
 from scripts.benchmark_export import SIZES, WORK_DIR, benchmark_export
 from scripts.benchmark_train import ROWS_PER_FORWARD
 
-DEMO_MODEL = Path("outputs/smollm2-135m-cpu/gguf/SmolLM2-135M-Instruct-cpu-v1.0-Q8_0.gguf")
 SAMPLE = Path("scripts/data/finetome_sample.jsonl")
-PREFILL_TARGET, TRAIN_TARGET, PADDING_TARGET = 1.6, 1.5, 0.05
-PROMPT = (
-    "A model reads its prompt before it writes the first word, and a long prompt takes long. " * 45
-)
-_STOCK = """
-import sys, time, warnings
-warnings.simplefilter("ignore")
-from langchain_community.llms import LlamaCpp
-model = LlamaCpp(model_path=sys.argv[1], n_ctx=2048, verbose=False, max_tokens=1)
-model.invoke("warm up", max_tokens=1)
-started = time.monotonic()
-model.invoke(sys.stdin.read())
-print(time.monotonic() - started)
-"""
-
-
-def _measure_ours(model: Path) -> float:
-    lines = json.dumps("warm up") + "\n" + json.dumps(PROMPT) + "\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "integration.ask", "--model", str(model), "--jsonl", "--n-ctx", "2048",
-         "--max-tokens", "1"],
-        input=lines, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(json.loads(done.stdout.splitlines()[1])["timings"]["first_token_s"])
-
-
-def _measure_stock(model: Path) -> float:
-    done = subprocess.run(
-        [sys.executable, "-c", _STOCK, str(model)],
-        input=PROMPT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout)
-
-
-def benchmark_chat(model: Path, repeats: int) -> dict[str, Any]:
-    """Measure prefill, ours and stock in turn.
-
-    Returns:
-        The object of the contract: ``benchmark``, ``metrics`` (seconds), ``targets``.
-    """
-    ours, stock = [], []
-    for number in range(1, repeats + 1):
-        ours.append(_measure_ours(model))
-        stock.append(_measure_stock(model))
-        log(f"round {number}/{repeats}: ours {ours[-1]:.2f} s, stock {stock[-1]:.2f} s")
-    ratio = statistics.median(stock) / statistics.median(ours)
-    return {
-        "benchmark": "chat",
-        "metrics": {
-            "prefill_ours_s": round(statistics.median(ours), 3),
-            "prefill_stock_s": round(statistics.median(stock), 3),
-            "prompt_characters": len(PROMPT),
-            "rounds": repeats,
-        },
-        "targets": [
-            {
-                "name": "prefill: stock seconds / our seconds",
-                "value": round(ratio, 2),
-                "target": PREFILL_TARGET,
-                "met": ratio >= PREFILL_TARGET,
-            }
-        ],
-    }
+TRAIN_TARGET, PADDING_TARGET = 1.5, 0.05
 
 
 def _measure_training(contender: str, data: Path, steps: int) -> dict[str, float]:
@@ -176,7 +114,7 @@ def _run_chat(options: argparse.Namespace) -> dict[str, Any]:
             f"model '{options.model}' does not exist; expected a .gguf file; make demo builds one",
             MODEL,
         )
-    return benchmark_chat(options.model, options.rounds or 5)
+    return benchmark_chat(options.model, options.rounds or 5, options.quick)
 
 
 def _run_export(options: argparse.Namespace) -> dict[str, Any]:
@@ -192,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("benchmark", choices=["train", "chat", "export"], help="what to measure")
     parser.add_argument(
         "--model", type=Path, default=DEMO_MODEL, help="chat: a GGUF; default: the demo's"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="chat: small amounts, for tests; has no targets"
     )
     parser.add_argument(
         "--data", type=Path, default=SAMPLE, help="train: rows; default: the shipped sample"
