@@ -70,6 +70,13 @@ class ChatBackend(Protocol):
     def n_ctx(self) -> int | None:
         """Context in tokens, if known."""
 
+    def warm_up(self) -> None:
+        """Do now what the first answer would wait for.
+
+        Raises:
+            CommandError: Exit 3; the model cannot chat, as without a chat template.
+        """
+
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int | None:
         """Count the tokens of the prompt for these messages, if that can be known."""
 

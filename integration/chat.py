@@ -44,7 +44,7 @@ def talk(session: Session, respond: "Callable[..., Reply]") -> int:
         editor = open_editor(commands.choices)
         read = lambda: read_message(editor)  # noqa: E731
     # A model whose prompt format is unknown is refused now, not at the first message.
-    session.model.count_tokens([{"role": "user", "content": "Hello."}])
+    session.model.warm_up()
     size = f", context {session.model.n_ctx}" if session.model.n_ctx else ""
     screen.note(f"{session.model.name}{size}, seed {session.seed}; /help lists the commands")
     while True:

@@ -203,6 +203,12 @@ class Engine:
         for sequence in self._sequences:
             sequence.ids.clear()
 
+    def warm_up(self) -> None:
+        """Evaluate one token and forget it: that reads the weights into memory."""
+        with self.lock:
+            self._decode([(self._sequences[0], (0,))])
+            self.clear()
+
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF that has been checked; None when llama.cpp refuses it."""
         handle = self._lib.llama_adapter_lora_init(self._model.model, str(path).encode("utf-8"))

@@ -4,6 +4,7 @@ import codecs
 import math
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from tools.protocol import CALL_START, RESPONSE_END, RESPONSE_START, parse_tool_
 
 MIN_ANSWER_TOKENS = 16
 _CALL_OVERHEAD_TOKENS = 256
+_MAX_PIECES = 256
 _RESULT = re.compile(f"{RESPONSE_START}\n.*?\n{RESPONSE_END}", re.DOTALL)
 # What follows a system turn; tokens that all of these leave alone, every prompt with it shares.
 _PROBES = ("a", "\n\nb", " 1")
@@ -52,6 +54,7 @@ class LocalModel:
         self._source, self._is_own = template or engine.header.chat_template, template is None
         self._template: ChatTemplate | None = None
         self._shared: dict[str, list[int]] = {}
+        self._pieces: OrderedDict[str, list[int]] = OrderedDict()
 
     @property
     def n_ctx(self) -> int:
@@ -74,9 +77,26 @@ class LocalModel:
             self._template = template
         return self._template
 
+    def warm_up(self) -> None:
+        """Do now what the first answer would wait for: read the weights, compile the template.
+
+        Raises:
+            CommandError: Exit 3; there is no chat template, or it is not usable.
+        """
+        self.engine.warm_up()
+        self.encode([{"role": "user", "content": "a"}])
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Give the prompt's token ids for a conversation, up to the assistant's turn."""
-        return self.template.encode(messages, self.engine.tokenize)
+        return self.template.encode(messages, self._tokenize)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Tokenize a piece between control tokens; a conversation brings the same ones again."""
+        if text not in self._pieces:
+            self._pieces[text] = self.engine.tokenize(text)
+            if len(self._pieces) > _MAX_PIECES:
+                self._pieces.popitem(last=False)
+        return self._pieces[text]
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Count the tokens of the prompt for these messages."""

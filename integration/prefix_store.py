@@ -61,10 +61,12 @@ class PrefixStore:
 
         path = self.folder / key
         try:
-            data = np.fromfile(path, np.uint8)
+            data: np.ndarray = np.memmap(path, np.uint8, mode="r")
             os.utime(path)  # the newest use, by which the oldest gives way
-        except OSError:  # not saved yet, or pruned by another process
+        except FileNotFoundError:  # not saved yet, or pruned by another process
             return None
+        except (OSError, ValueError):  # unreadable, or empty
+            data = np.empty(0, np.uint8)
         state = data[_HEAD:]
         head = _MAGIC + xxhash.xxh3_128_digest(state.data)
         if data[:_HEAD].tobytes() != head:

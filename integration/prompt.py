@@ -141,7 +141,7 @@ class ChatTemplate:
             Token ids, equal to those of the training tokenizer for the same messages.
         """
         if self._control is None:
-            return tokenize(self.render(messages, add_generation_prompt))
+            return list(tokenize(self.render(messages, add_generation_prompt)))
         mark = _unused_character(messages)
         # Break control tokens in bodies with a mark, so that only the template's own are found.
         safe = [

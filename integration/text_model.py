@@ -49,6 +49,10 @@ class TextModel:
         """Context in tokens, if known."""
         return self._n_ctx
 
+    def warm_up(self) -> None:
+        """Render a prompt, where this process does that: so a missing template is noticed."""
+        self.count_tokens([{"role": "user", "content": "a"}])
+
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int | None:
         """Count the tokens of the prompt for these messages, if that can be known."""
         return None

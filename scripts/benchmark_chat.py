@@ -234,8 +234,7 @@ def run_child(what: str, command: Sequence[str], stdin: str, cache: Path) -> str
     Raises:
         CommandError: Exit 1, with the last line that it said.
     """
-    # Threads that spin while they wait make everyone's figures those of the neighbours on the machine.
-    env = {**os.environ, "TOMEFORGE_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {**os.environ, "TOMEFORGE_CACHE": str(cache)}
     done = subprocess.run(
         command, input=stdin, capture_output=True, text=True, check=False, env=env
     )

@@ -60,6 +60,7 @@ first_token([user("warm up")])
 """
 
 OURS_RESTART = f"""{_OURS_SETUP}
+model.warm_up()  # as chat does before it asks for the first message
 print(json.dumps({{"restarted": first_token(job["messages"])[0]}}))
 """
 

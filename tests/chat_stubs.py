@@ -34,6 +34,9 @@ class StubModel:
     n_ctx: int | None = 1000
     engine: Any = field(default_factory=lambda: SimpleNamespace(n_threads=2))
 
+    def warm_up(self) -> None:
+        pass
+
     def count_tokens(self, messages: Sequence[dict], tools: Sequence = ()) -> int | None:
         if self.n_ctx is None:
             return None

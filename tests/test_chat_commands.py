@@ -111,7 +111,7 @@ def test_reply_that_ends_with_a_failed_call_still_ends_with_an_answer():
 
 def test_model_that_cannot_chat_is_refused_at_once():
     class NoTemplate(StubModel):
-        def count_tokens(self, *_):
+        def warm_up(self):
             raise CommandError("the model has no chat template", MODEL)
 
     with pytest.raises(CommandError, match="no chat template"):
