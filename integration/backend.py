@@ -77,6 +77,9 @@ class ChatBackend(Protocol):
             CommandError: Exit 3; the model cannot chat, as without a chat template.
         """
 
+    def remember(self) -> None:
+        """Keep on disk what spares another process to evaluate this conversation again."""
+
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int | None:
         """Count the tokens of the prompt for these messages, if that can be known."""
 

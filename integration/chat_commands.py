@@ -119,6 +119,7 @@ class Commands:
             raise CommandError("/save: there is no conversation yet")
         adapter = chat.session.adapters.active if chat.session.adapters else None
         save_conversation(path, chat.conversation, model=chat.session.model.name, adapter=adapter)
+        chat.session.model.remember()  # so that going on with it is quick
         self._screen.line(f"saved {path}")
 
     def _load(self, argument: str) -> None:

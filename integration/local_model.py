@@ -86,6 +86,11 @@ class LocalModel:
         self.engine.warm_up()
         self.encode([{"role": "user", "content": "a"}])
 
+    def remember(self) -> None:
+        """Keep the evaluated conversation on disk: whoever goes on with it reads only what is new."""
+        with self.lock:
+            self.engine.remember()
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Give the prompt's token ids for a conversation, up to the assistant's turn."""
         return self.template.encode(messages, self._tokenize)

@@ -53,6 +53,9 @@ class TextModel:
         """Render a prompt, where this process does that: so a missing template is noticed."""
         self.count_tokens([{"role": "user", "content": "a"}])
 
+    def remember(self) -> None:
+        """There is nothing to keep: what is evaluated belongs to the other library, or the server."""
+
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int | None:
         """Count the tokens of the prompt for these messages, if that can be known."""
         return None

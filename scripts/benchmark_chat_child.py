@@ -60,7 +60,6 @@ first_token([user("warm up")])
 """
 
 OURS_RESTART = f"""{_OURS_SETUP}
-model.warm_up()  # as chat does before it asks for the first message
 print(json.dumps({{"restarted": first_token(job["messages"])[0]}}))
 """
 
@@ -90,6 +89,8 @@ reply = first_token([system(1, text), *turns])[1]
 turns += [{"role": "assistant", "content": reply}, user("And you?")]
 second, _ = first_token([system(1, text), *turns])
 whole, _ = first_token([system(2, text), *turns])
+first_token([system(1, text), turns[0]])
+model.remember()  # as /save does
 print(json.dumps({
     "free": free, "constrained": constrained, "second": second, "whole": whole,
     "messages": [system(1, text), *turns],

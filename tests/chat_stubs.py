@@ -32,10 +32,14 @@ class StubModel:
 
     name: str = "stub.gguf"
     n_ctx: int | None = 1000
+    remembered: bool = False
     engine: Any = field(default_factory=lambda: SimpleNamespace(n_threads=2))
 
     def warm_up(self) -> None:
         pass
+
+    def remember(self) -> None:
+        self.remembered = True
 
     def count_tokens(self, messages: Sequence[dict], tools: Sequence = ()) -> int | None:
         if self.n_ctx is None:

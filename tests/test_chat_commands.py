@@ -192,6 +192,7 @@ def test_save_load_and_go_on(tmp_path):
     assert desk.error(f"/save {path}") == "error: /save: there is no conversation yet"
     assert desk.type("hello", f"/save {path}") == f"saved {path}\n"
     assert json.loads(path.read_text())["adapter"] == "base"
+    assert desk.chat.session.model.remembered
     assert "File exists; choose another name" in desk.error(f"/save {path}")
     assert desk.error("/save") == "error: /save needs a file name"
 

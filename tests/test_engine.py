@@ -125,6 +125,28 @@ def test_prefix_comes_from_disk_in_another_process(header, tmp_path, monkeypatch
     assert "is damaged and is evaluated anew" in capsys.readouterr().err
 
 
+def test_conversation_comes_from_disk_when_it_was_kept(header, tmp_path, monkeypatch):
+    store = PrefixStore(tmp_path / "prefixes")
+    first = Engine(header, 256, 1, store=store)
+    logits(first, prompt(SHARED, QUESTION))
+    warm = logits(first, prompt(SHARED, QUESTION, OTHER, continues=True))
+    first.remember()
+    second = Engine(header, 256, 1, store=store)
+    counts = count_evaluated(second, monkeypatch)
+    following = prompt(SHARED, QUESTION, OTHER, [7, 8], continues=True)
+    here = logits(second, following)
+    assert sum(counts) == 2
+    assert np.array_equal(here, logits(first, following))
+    assert not np.array_equal(here, warm)
+    # A new conversation behind the same prefix sees nothing of it, and one that differs reads anew.
+    second.clear()
+    logits(second, prompt(SHARED, QUESTION))
+    assert sum(counts) == 2 + len(QUESTION)
+    second.clear()
+    logits(second, prompt(SHARED, [5], OTHER, continues=True))
+    assert sum(counts) == 2 + len(QUESTION) + 1 + len(OTHER)
+
+
 def test_store_keeps_the_newest_within_its_size(tmp_path):
     store = PrefixStore(tmp_path, max_bytes=2500)
     for name in ("a", "b", "c"):
