@@ -114,7 +114,7 @@ def _run_chat(options: argparse.Namespace) -> dict[str, Any]:
             f"model '{options.model}' does not exist; expected a .gguf file; make demo builds one",
             MODEL,
         )
-    return benchmark_chat(options.model, options.rounds or 5, options.quick)
+    return benchmark_chat(options.model, options.rounds or 6, options.quick)
 
 
 def _run_export(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="export: where the temporary folder goes (default: outputs)",
     )
     parser.add_argument(
-        "--rounds", type=int, help="alternating rounds (default: train 3, chat 5, export 2)"
+        "--rounds", type=int, help="alternating rounds (default: train 3, chat 6, export 2)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
