@@ -20,47 +20,14 @@ import numpy as np
 from integration._cli import CONTEXT, MODEL, CommandError
 from integration.backend import Feed
 from integration.gguf_header import GgufHeader
-from integration.hardware import available_memory_bytes
 from integration.prefix_store import PrefixStore, file_identity
 
-N_BATCH = 512
+_N_BATCH = 512
 # Portions of a batch that are computed at once: at 512 a 135M model reads 10 % slower.
 _N_UBATCH = 256
-_MAX_DEFAULT_CONTEXT = 8192
-_MEMORY_SHARE = 0.5
 _MIN_SAVED_PREFIX = 64
 _MAX_STATES = 4
 _CONVERSATION, _MAX_CONVERSATION_BYTES = "-conversation", 1 << 28
-
-
-def context_size(header: GgufHeader, wanted: int | None, n_sequences: int = 1) -> int:
-    """Give the context in tokens: the file's own, capped by memory and 8192 unless asked for.
-
-    A token's keys and values take 2 x layers x KV heads x head size x 2 bytes, in each sequence; of
-    several sequences each gets at most 4096 tokens unless asked for.
-
-    Raises:
-        CommandError: Exit 4; the context that is wanted does not fit into half of the free memory.
-    """
-    trained = header.number("context_length", 2048)
-    layers, heads = header.number("block_count", 32), header.number("attention.head_count", 32)
-    kv_heads = header.number("attention.head_count_kv", heads)
-    head_size = header.number(
-        "attention.key_length", header.number("embedding_length", 4096) // heads
-    )
-    token_bytes = 2 * layers * kv_heads * head_size * 2
-    token_bytes *= n_sequences
-    fits = int(available_memory_bytes() * _MEMORY_SHARE) // max(1, token_bytes)
-    if wanted is not None:
-        if wanted > fits:
-            raise CommandError(
-                f"a context of {wanted} tokens needs {wanted * token_bytes >> 20} MiB, more than half "
-                f"of the free memory; ask for at most {fits}",
-                CONTEXT,
-            )
-        return wanted
-    most = _MAX_DEFAULT_CONTEXT if n_sequences == 1 else _MAX_DEFAULT_CONTEXT // 2
-    return max(256, min(trained, most, fits))
 
 
 @dataclass
@@ -109,7 +76,8 @@ class Engine:
         model_params = llama_cpp.llama_model_default_params()
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx * n_sequences, N_BATCH, _N_UBATCH
+        params.n_ctx = n_ctx * n_sequences
+        params.n_batch, params.n_ubatch = min(_N_BATCH, n_ctx), min(_N_UBATCH, n_ctx)
         # Each sequence has cells of its own, from the first one on: where cells lie changes how sums
         # are rounded, and with that what a model answers.
         params.n_seq_max, params.kv_unified = n_sequences, False
@@ -144,7 +112,6 @@ class Engine:
         self._clock = itertools.count(1)
         self._store, self._adapter_key = store, ""
         self._states: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.last_reused = 0
 
     @property
     def context(self) -> Any:
@@ -283,7 +250,6 @@ class Engine:
             reused = shared
         else:
             self._cut(sequence, reused)
-        self.last_reused = reused
         return self._evaluate_rest(sequence, ids[reused:])
 
     def _evaluate_rest(self, sequence: _Sequence, tokens: Sequence[int]) -> int:

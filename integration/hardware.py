@@ -1,8 +1,13 @@
-"""How many threads and how much memory this process really has (affinity and cgroup included)."""
+"""How many threads, memory and context this process really has (affinity and cgroup included)."""
 
 import os
 from pathlib import Path
 
+from integration._cli import CONTEXT, CommandError
+from integration.gguf_header import GgufHeader
+
+_MAX_DEFAULT_CONTEXT = 8192
+_MEMORY_SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -46,3 +51,33 @@ def available_memory_bytes() -> int:
     if limit and used and limit[0] != "max":
         free = min(free, int(limit[0]) - int(used[0]))
     return max(0, free)
+
+
+def context_size(header: GgufHeader, wanted: int | None, n_sequences: int = 1) -> int:
+    """Give the context in tokens: the file's own, capped by memory and 8192 unless asked for.
+
+    A token's keys and values take 2 x layers x KV heads x head size x 2 bytes, in each sequence; of
+    several sequences each gets at most 4096 tokens unless asked for.
+
+    Raises:
+        CommandError: Exit 4; the context that is wanted does not fit into half of the free memory.
+    """
+    trained = header.number("context_length", 2048)
+    layers, heads = header.number("block_count", 32), header.number("attention.head_count", 32)
+    kv_heads = header.number("attention.head_count_kv", heads)
+    head_size = header.number(
+        "attention.key_length", header.number("embedding_length", 4096) // heads
+    )
+    token_bytes = 2 * layers * kv_heads * head_size * 2
+    token_bytes *= n_sequences
+    fits = int(available_memory_bytes() * _MEMORY_SHARE) // max(1, token_bytes)
+    if wanted is not None:
+        if wanted > fits:
+            raise CommandError(
+                f"a context of {wanted} tokens needs {wanted * token_bytes >> 20} MiB, more than half "
+                f"of the free memory; ask for at most {fits}",
+                CONTEXT,
+            )
+        return wanted
+    most = _MAX_DEFAULT_CONTEXT if n_sequences == 1 else _MAX_DEFAULT_CONTEXT // 2
+    return max(256, min(trained, most, fits))

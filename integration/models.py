@@ -4,9 +4,9 @@ from pathlib import Path
 
 from integration._cli import MODEL, CommandError
 from integration.backend import ChatBackend
-from integration.engine import Engine, context_size
+from integration.engine import Engine
 from integration.gguf_header import read_header
-from integration.hardware import usable_threads
+from integration.hardware import context_size, usable_threads
 from integration.local_model import LocalModel
 from integration.prefix_store import PrefixStore
 from integration.prompt import load_template

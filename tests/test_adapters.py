@@ -33,6 +33,7 @@ def logits(model) -> np.ndarray:
 
 
 def test_switching_back_and_forth_leaves_no_trace(files):
+    """Case 2: an old prefix under a new adapter."""
     model = load_gguf(files["base"], n_ctx=256, n_threads=1)
     adapters = Adapters(model, {"mine": files["lora"]})
     assert adapters.names == ["base", "mine"]
@@ -47,14 +48,13 @@ def test_switching_back_and_forth_leaves_no_trace(files):
 
 
 def test_unknown_name_gives_the_nearest(files):
-    """Case 2: an old prefix under a new adapter."""
     adapters = Adapters(load_gguf(files["base"], n_ctx=256), {"coding": files["lora"]})
     with pytest.raises(CommandError, match="did you mean 'coding'"):
         adapters.use("codeing")
 
 
 def test_adapter_for_another_base_is_exit_3(files, embedded_gguf):
-    """Stock LlamaCpp loads it and segfaults (trap 18)."""
+    """Case 1: stock LlamaCpp loads it and segfaults (trap 18)."""
     model = load_gguf(embedded_gguf, n_ctx=256)
     with pytest.raises(CommandError, match="does not fit the model") as caught:
         Adapters(model, {"foreign": files["lora"]})
@@ -62,7 +62,7 @@ def test_adapter_for_another_base_is_exit_3(files, embedded_gguf):
 
 
 def test_embedding_factors_over_a_tied_head_are_exit_3(files, tmp_path):
-    """Case 1: llama.cpp loads such a file and aborts the process at the first token."""
+    """llama.cpp loads such a file and aborts the process at the first token."""
     from gguf import GGUFReader, GGUFWriter
 
     path = tmp_path / "embedding.gguf"

@@ -25,11 +25,11 @@ class FakeTerminal(io.StringIO):
     ],
 )
 def test_escape_sequences_are_made_visible(text, shown):
+    """Case 13: hidden text, a screen rewritten."""
     assert visible(text) == shown
 
 
 def test_ordinary_text_is_left_alone():
-    """Case 13: hidden text, a screen rewritten."""
     text = "Größe\n\t漢 😀 👩\u200d💻 می\u200cخواهم ❤\ufe0f"
     assert visible(text) == text
 

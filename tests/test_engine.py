@@ -6,11 +6,12 @@ import threading
 import numpy as np
 import pytest
 
-from integration import engine as engine_module
+from integration import hardware
 from integration._cli import CONTEXT, CommandError
 from integration.backend import Feed
-from integration.engine import Engine, context_size
+from integration.engine import Engine
 from integration.gguf_header import read_header
+from integration.hardware import context_size
 from integration.prefix_store import PrefixStore, cache_dir
 
 pytestmark = pytest.mark.model
@@ -175,7 +176,7 @@ def test_cache_folder_can_be_named(monkeypatch, tmp_path):
 def test_context_is_the_files_own_within_memory(header, monkeypatch):
     """Trap 3: n_ctx 512."""
     assert context_size(header, None) == min(8192, header.number("context_length"))
-    monkeypatch.setattr(engine_module, "available_memory_bytes", lambda: 2 * 600 * 23040)
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2 * 600 * 23040)
     assert context_size(header, None) == 600
     assert context_size(header, None, n_sequences=2) == 300
     with pytest.raises(CommandError, match="ask for at most 600") as caught:
