@@ -6,8 +6,6 @@ user refused, or that was made before is never run.
 """
 
 import json
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +13,10 @@ from typing import Any
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
 
-from integration.backend import AUTO, NONE, ChatBackend, Steps, Turn
+from integration.backend import AUTO, EXACT, NONE, RESULT_STOPS, ChatBackend, Steps, Turn
 from integration.decoding import Answer, Settings
 from integration.prompt import Message
 from tools.protocol import (
-    RESPONSE_END,
     ToolCall,
     render_tool_call,
     render_tool_result,
@@ -144,8 +141,8 @@ def respond_steps(
     approve: Callable[[ToolCall], bool] | None = None,
 ) -> Steps[Reply]:
     """Do what ``respond`` does, in steps that may be driven beside those of other requests."""
-    reply = Reply()
-    deadline = time.monotonic() + settings.timeout_s if settings.timeout_s else math.inf
+    reply, own = Reply(), settings
+    deadline = settings.deadline()
     choice, calls_left = AUTO, MAX_CALLS if tools else 0
     while True:
         turns = [*messages, *reply.turns]
@@ -166,13 +163,11 @@ def respond_steps(
         reply.error = record.error
         if failures > 1 or reply.finish_reason != "stop":
             return reply
-        reply.turns += _turns_of(turn, record)
+        reply.turns += call_turns(record, None if turn.call else turn.text)
         calls_left -= 1
         if calls_left == 0:
             choice = NONE
-        # Copying a result must be exact: no sampling, no penalty, and not the tag behind it.
-        stop = (*settings.stop, f"\n{RESPONSE_END}", RESPONSE_END)
-        settings = replace(settings, temperature=0.0, repeat_penalty=1.0, stop=stop)
+        settings = replace(own, **EXACT, stop=(*own.stop, *RESULT_STOPS))
 
 
 def _make_call(
@@ -193,7 +188,8 @@ def _make_call(
     return run_call(call, tools)
 
 
-def _turns_of(turn: Turn, record: CallRecord) -> list[Message]:
-    written = render_tool_call(turn.call) if turn.call else turn.text
+def call_turns(record: CallRecord, written: str | None = None) -> list[Message]:
+    """Give a call and what came of it as turns; ``written`` is how the model wrote one that is none."""
+    call = written or render_tool_call(ToolCall(record.name, record.arguments))
     result = render_tool_result(record.error or record.result or "")
-    return [{"role": "assistant", "content": written}, {"role": "user", "content": result}]
+    return [{"role": "assistant", "content": call}, {"role": "user", "content": result}]

@@ -15,11 +15,14 @@ from langchain_core.tools import BaseTool
 
 from integration.decoding import Answer, Settings
 from integration.prompt import Message
-from tools.protocol import ToolCall, ToolDefinition, system_with_tools
+from tools.protocol import RESPONSE_END, ToolCall, ToolDefinition, system_with_tools
 
 T = TypeVar("T")
 Tool = BaseTool | ToolDefinition
 AUTO, NONE, REQUIRED = "auto", "none", "required"
+# How an answer copies a tool's result: nothing drawn, no word avoided, and not the tag behind it.
+EXACT: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
+RESULT_STOPS = (f"\n{RESPONSE_END}", RESPONSE_END)
 
 
 @dataclass(frozen=True)

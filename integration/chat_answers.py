@@ -1,6 +1,5 @@
 """One message to one answer on the screen, and the figures of the session."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from integration._cli import CONTEXT, CommandError
 from integration.chat_conversation import Conversation
 from integration.chat_screen import Screen, context_share, format_call, meter
+from integration.decoding import draw_seed
 
 if TYPE_CHECKING:
     from integration.agent import CallRecord, Reply
@@ -55,13 +55,9 @@ class _Progress:
         self.screen.call(record)
 
     def turns(self) -> "list[Message]":
-        from tools.protocol import ToolCall, render_tool_call, render_tool_result
+        from integration.agent import call_turns
 
-        turns = []
-        for record in filter(lambda record: record.name, self.calls):
-            call = render_tool_call(ToolCall(record.name, record.arguments))
-            result = render_tool_result(record.error or record.result or "")
-            turns += [{"role": "assistant", "content": call}, {"role": "user", "content": result}]
+        turns = [turn for record in self.calls if record.name for turn in call_turns(record)]
         return [*turns, {"role": "assistant", "content": self.text}]
 
 
@@ -146,9 +142,8 @@ class Chat:
             text = old[0]["content"]
         if not self.session.settings.temperature:
             self.screen.note("the temperature is 0: another seed changes nothing")
-        seed = random.SystemRandom().randrange(1, 2**31)
         try:
-            self.answer(text, seed)
+            self.answer(text, draw_seed())
         finally:
             if old is not None and self._unanswered is not None:
                 self.conversation.exchanges.append(old)

@@ -6,12 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import CONTEXT, CommandError
+from integration.decoding import MIN_ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from integration.backend import ChatBackend
     from integration.prompt import Message
-
-MIN_ANSWER_TOKENS = 16
 
 
 class Conversation:

@@ -31,7 +31,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from integration._cli import CommandError
-from integration.backend import Steps, Turn, run
+from integration.backend import EXACT, RESULT_STOPS, Steps, Turn, run
 from integration.chat_model_messages import (
     StructuredParser,
     check_history,
@@ -43,8 +43,6 @@ from integration.chat_model_messages import (
     to_turns,
 )
 from integration.chat_model_turns import (
-    EXACT,
-    RESULT_STOPS,
     Decoding,
     langchain_errors,
     run_ahead,

@@ -1,7 +1,6 @@
 """One call of the chat model: its options, what it asks of the backend, and the thread it runs in."""
 
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -16,12 +15,9 @@ from integration._cli import CONTEXT, CommandError
 from integration.backend import NONE, ChatBackend, Steps, Turn
 from integration.decoding import Settings
 from integration.prompt import Message
-from tools.protocol import RESPONSE_END, ToolDefinition
+from tools.protocol import ToolDefinition
 
 _DEFAULTS = Settings()
-# An answer that copies a tool's result: nothing drawn, no word avoided, and not the tag behind it.
-EXACT = {"temperature": 0.0, "repeat_penalty": 1.0}
-RESULT_STOPS = (f"\n{RESPONSE_END}", RESPONSE_END)
 _SCHEMA_MAPS = ("properties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
 # What adds members to an object, so that it cannot be closed by itself.
@@ -104,8 +100,7 @@ def take_turn(
     With tools and a schema the model first chooses: a turn that becomes plain text is left and taken
     again in JSON. The time limit is that of both.
     """
-    limit = settings.timeout_s
-    deadline = time.monotonic() + limit if limit else math.inf
+    deadline = settings.deadline()
     if schema is None:
         return (yield from backend.turn(messages, settings, tools, tool_choice, deadline))
     if tools and tool_choice != NONE:
@@ -114,7 +109,7 @@ def take_turn(
         )
         if turn is not None and (turn.call is not None or turn.error is not None):
             return turn
-    if limit:
+    if settings.timeout_s:
         settings = replace(settings, timeout_s=max(1e-6, deadline - time.monotonic()))
     # Half a JSON text is an answer that was cut off, not a call; its finish reason says so.
     return replace((yield from backend.json_turn(messages, settings, schema)), error=None)

@@ -1,13 +1,35 @@
 """How an answer is decoded and what is recorded of it."""
 
+import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from integration._cli import CONTEXT, CommandError
+
+MIN_ANSWER_TOKENS = 16
 
 
 def draw_seed() -> int:
     """Draw a seed from the system's randomness; llama.cpp's own default is always the same."""
     return random.SystemRandom().randrange(1, 2**31)
+
+
+def answer_room(prompt_tokens: int, max_tokens: int, n_ctx: int) -> int:
+    """Give the tokens an answer may have.
+
+    Raises:
+        CommandError: Exit 4; the prompt does not fit into the context.
+    """
+    room = n_ctx - prompt_tokens
+    if room < MIN_ANSWER_TOKENS:
+        raise CommandError(
+            f"the prompt has {prompt_tokens} tokens, the context {n_ctx} and an answer needs at "
+            f"least {MIN_ANSWER_TOKENS}; shorten the prompt or the history",
+            CONTEXT,
+        )
+    return min(max_tokens, room)
 
 
 @dataclass
@@ -26,6 +48,14 @@ class Settings:
     stop: Sequence[str] = ()
     timeout_s: float = 0.0
     seed: int | None = None
+
+    def deadline(self) -> float:
+        """Give the ``time.monotonic()`` at which an answer that begins now has to end."""
+        return time.monotonic() + self.timeout_s if self.timeout_s else math.inf
+
+    def chosen_seed(self) -> int:
+        """Give the seed, drawn where none is given."""
+        return draw_seed() if self.seed is None else self.seed
 
 
 @dataclass

@@ -305,11 +305,15 @@ class Engine:
         if self._restore(sequence, data[size:]):
             sequence.ids = data[4:size].view(np.int32).tolist()
 
+    @functools.cached_property
+    def _identity(self) -> str:
+        return file_identity(self.header.path)
+
     def _prefix_key(self, ids: list[int]) -> str:
         # Rendered with the template already, the ids stand for it, the system prompt and the tools.
         return PrefixStore.key(
             self._lib.__version__,
-            file_identity(self.header.path),
+            self._identity,
             self._adapter_key,
             np.array(ids, np.int32).tobytes(),
         )

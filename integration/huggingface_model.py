@@ -27,9 +27,9 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from pydantic import PrivateAttr
 
-from integration._cli import CONTEXT, MODEL, CommandError
+from integration._cli import MODEL, CommandError
 from integration.backend import Tool
-from integration.decoding import Settings
+from integration.decoding import Settings, answer_room
 from integration.hardware import usable_threads
 from integration.huggingface_tokens import (
     TextDecoder,
@@ -40,7 +40,6 @@ from integration.huggingface_tokens import (
 from integration.prompt import ChatTemplate, Message
 from integration.text_model import TextModel, with_tools
 
-MIN_ANSWER_TOKENS = 16
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 _ROLES = {SystemMessage: "system", HumanMessage: "user", AIMessage: "assistant"}
@@ -89,14 +88,8 @@ class PipelineChat(ChatHuggingFace):
         if stop:
             raise ValueError("stop: not decoded here; integration.text_model finds stop strings")
         ids = self.encode([_to_message(message) for message in messages])
-        room = (self.n_ctx or len(ids) + Settings.max_tokens) - len(ids)
-        if room < MIN_ANSWER_TOKENS:
-            raise CommandError(
-                f"the prompt has {len(ids)} tokens, the context {self.n_ctx} and an answer needs at "
-                f"least {MIN_ANSWER_TOKENS}; shorten the prompt or the history",
-                CONTEXT,
-            )
-        limit = min(kwargs.pop("max_tokens", Settings.max_tokens), room)
+        wanted = kwargs.pop("max_tokens", Settings.max_tokens)
+        limit = answer_room(len(ids), wanted, self.n_ctx or len(ids) + Settings.max_tokens)
         with self._busy:
             for chunk in self._decode(ids, limit, kwargs):
                 if run_manager:

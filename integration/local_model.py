@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from integration._cli import CONTEXT, CommandError
+from integration._cli import CommandError
 from integration.backend import (
     AUTO,
     NONE,
@@ -23,14 +23,13 @@ from integration.backend import (
     with_tool_list,
 )
 from integration.constraint import Constraint, call_grammar, json_grammar
-from integration.decoding import Answer, Settings, StopScanner, draw_seed
+from integration.decoding import Answer, Settings, StopScanner, answer_room
 from integration.engine import Engine
 from integration.prompt import ChatTemplate, Message
 from integration.sampler import Sampler
 from integration.template_check import check_template
 from tools.protocol import CALL_START, RESPONSE_END, RESPONSE_START, parse_tool_call
 
-MIN_ANSWER_TOKENS = 16
 _CALL_OVERHEAD_TOKENS = 256
 _MAX_PIECES = 256
 _RESULT = re.compile(f"{RESPONSE_START}\n.*?\n{RESPONSE_END}", re.DOTALL)
@@ -122,21 +121,6 @@ class LocalModel:
         shared = self._shared[system]
         return len(shared) if ids[: len(shared)] == shared else 0
 
-    def check_room(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Give the tokens an answer may have.
-
-        Raises:
-            CommandError: Exit 4; the prompt does not fit into the context.
-        """
-        room = self.n_ctx - prompt_tokens
-        if room < MIN_ANSWER_TOKENS:
-            raise CommandError(
-                f"the prompt has {prompt_tokens} tokens, the context {self.n_ctx} and an "
-                f"answer needs at least {MIN_ANSWER_TOKENS}; shorten the prompt or the history",
-                CONTEXT,
-            )
-        return min(max_tokens, room)
-
     def stream(self, steps: Steps[T]) -> Generator[str, None, T]:
         """Drive steps to their end, evaluating what they ask for; yields their text.
 
@@ -169,7 +153,7 @@ class LocalModel:
     ) -> Steps[Turn]:
         """Let the model answer, or call a tool; see ``ChatBackend.turn``."""
         feed = self._prompt(with_tool_list(messages, tools))
-        limit = self.check_room(len(feed.tokens), settings.max_tokens)
+        limit = answer_room(len(feed.tokens), settings.max_tokens, self.n_ctx)
         started = time.monotonic()
         row = yield feed
         if not tools:
@@ -183,7 +167,7 @@ class LocalModel:
         wanted = max(
             settings.max_tokens, len(self.engine.tokenize(request)) + _CALL_OVERHEAD_TOKENS
         )
-        limit = self.check_room(len(feed.tokens), wanted)
+        limit = answer_room(len(feed.tokens), wanted, self.n_ctx)
         constraint = Constraint(self.engine, call_grammar(named, request))
         turn = yield from self._constrained(feed, row, constraint, limit, started, deadline)
         if turn.error is None:
@@ -195,15 +179,15 @@ class LocalModel:
     ) -> Steps[Turn]:
         """Answer in JSON of a schema; see ``ChatBackend.json_turn``."""
         feed = self._prompt(messages)
-        limit = self.check_room(len(feed.tokens), settings.max_tokens)
+        limit = answer_room(len(feed.tokens), settings.max_tokens, self.n_ctx)
         constraint = Constraint(self.engine, json_grammar(schema))
         started = time.monotonic()
         row = yield feed
-        seed = draw_seed() if settings.seed is None else settings.seed
+        seed = settings.chosen_seed()
         # With the repeat penalty: a small model fills a string with one phrase for ever.
         with Sampler(self.engine.n_vocab, settings, seed) as sampler:
             turn = yield from self._constrained(
-                feed, row, constraint, limit, started, _deadline(settings), sampler
+                feed, row, constraint, limit, started, settings.deadline(), sampler
             )
         turn.answer.seed = seed
         return turn
@@ -213,10 +197,10 @@ class LocalModel:
         ids = self.engine.tokenize(prompt, special=True, add_bos=True)
         if not ids:
             raise CommandError("the prompt is empty; expected some text")
-        limit = self.check_room(len(ids), settings.max_tokens)
+        limit = answer_room(len(ids), settings.max_tokens, self.n_ctx)
         feed, started = Feed(ids, is_prompt=True, continues=True), time.monotonic()
         row = yield feed
-        return (yield from self._answer(feed, row, settings, limit, started, _deadline(settings)))
+        return (yield from self._answer(feed, row, settings, limit, started, settings.deadline()))
 
     def _prompt(self, messages: Sequence[Message]) -> Feed:
         ids = self.encode(messages)
@@ -250,9 +234,9 @@ class LocalModel:
         token: int | None = None,
     ) -> Steps[Turn]:
         """Decode an answer freely; ``token`` is its first one where that is decided already."""
-        turn = Turn(answer=Answer(prompt_tokens=len(feed.tokens), finish_reason="length"))
+        turn = Turn(answer=Answer(prompt_tokens=len(feed.tokens)))
         answer = turn.answer
-        answer.seed = draw_seed() if settings.seed is None else settings.seed
+        answer.seed = settings.chosen_seed()
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         scanner = StopScanner(settings.stop)
         answer.first_token_s = time.monotonic() - started
@@ -263,7 +247,6 @@ class LocalModel:
                     token = sampler.sample(self.engine.context, row)
                 answer.decode_s = time.monotonic() - first
                 if self.engine.is_end(token):
-                    answer.finish_reason = "stop"
                     break
                 answer.completion_tokens += 1
                 shown, stopped = scanner.push(decoder.decode(self.engine.piece(token)))
@@ -271,12 +254,9 @@ class LocalModel:
                     turn.text += shown
                     yield shown
                 if stopped:
-                    answer.finish_reason = "stop"
                     break
-                if time.monotonic() > deadline:
-                    answer.finish_reason = "timeout"
-                    break
-                if answer.completion_tokens >= limit:
+                if met := _met_limit(answer, limit, deadline):
+                    answer.finish_reason = met
                     break
                 row = yield Feed((token,))
                 token = None
@@ -300,7 +280,7 @@ class LocalModel:
         sampler: Sampler | None = None,
     ) -> Steps[Turn]:
         """Decode under a constraint, greedily by default; cut off, a turn has an ``error``."""
-        turn = Turn(answer=Answer(prompt_tokens=len(feed.tokens), finish_reason="length"))
+        turn = Turn(answer=Answer(prompt_tokens=len(feed.tokens)))
         answer, data = turn.answer, b""
         answer.first_token_s, first = time.monotonic() - started, time.monotonic()
 
@@ -314,12 +294,9 @@ class LocalModel:
             answer.completion_tokens += len(tokens)
             data += b"".join(map(self.engine.piece, tokens))
             if constraint.finished:
-                answer.finish_reason = "stop"
                 break
-            if time.monotonic() > deadline:
-                answer.finish_reason = "timeout"
-                break
-            if answer.completion_tokens >= limit:
+            if met := _met_limit(answer, limit, deadline):
+                answer.finish_reason = met
                 break
             row = yield Feed(tokens)
         answer.decode_s = time.monotonic() - first
@@ -355,5 +332,8 @@ def adds_bos(vocab: Any) -> bool:
     return bool(llama_cpp.llama_vocab_get_add_bos(vocab))
 
 
-def _deadline(settings: Settings) -> float:
-    return time.monotonic() + settings.timeout_s if settings.timeout_s else math.inf
+def _met_limit(answer: Answer, limit: int, deadline: float) -> str | None:
+    """Give the finish reason of an answer that has met a limit."""
+    if time.monotonic() > deadline:
+        return "timeout"
+    return "length" if answer.completion_tokens >= limit else None

@@ -7,7 +7,6 @@ call is shown to nobody, and is a call only when it is whole.
 import json
 import math
 import queue
-import random
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -161,9 +160,7 @@ class TextModel:
         started = time.monotonic()
         if settings.timeout_s:
             deadline = min(deadline, started + settings.timeout_s)
-        seed = settings.seed
-        if seed is None:
-            seed = random.SystemRandom().randrange(1, 2**31)
+        seed = settings.chosen_seed()
         answer = reading.answer = Answer(seed=seed)
         # Within a call a stop string is text of an argument, so the chat model must not stop there.
         stop = () if reading.may_call else settings.stop
