@@ -47,8 +47,8 @@ class AdapterTrainer(SFTTrainer):
 
     Attributes:
         pieces: Portions in which a micro-batch is run; more than 1 after lack of memory.
-        real_tokens: Tokens this process trained on, padding left out.
-        computed_tokens: The same with padding.
+        real_tokens: Tokens of the rows this process trained on, padding left out.
+        computed_tokens: What it computed on: with padding, a shared start only once.
         real_tokens_before: Tokens of all processes before a resume.
     """
 
@@ -161,7 +161,7 @@ class AdapterTrainer(SFTTrainer):
                 self.real_tokens, self.computed_tokens, self._window_tokens
             )
             logs["tokens"] = self.real_tokens_before + int(real)
-            logs["padding"] = round(1 - real / computed, 4)
+            logs.update(padding_free.token_shares(real, computed))
             logs["tokens_per_second"] = round(window / self._window_seconds, 1)
             self._window_tokens, self._window_seconds = 0, 0.0
         super().log(logs, start_time)

@@ -87,11 +87,13 @@ def _make_clock(collated: list[tuple[int, int]]) -> Any:
 
 
 def _counting(collate: Any, collated: list[tuple[int, int]]) -> Any:
+    from scripts.padding_free import num_tokens
+
     def collate_and_count(rows: Any) -> Any:
         batch = collate(rows)
         computed = batch["input_ids"].numel()
-        mask = batch.get("attention_mask")
-        collated.append((computed if mask is None else int(mask.sum()), computed))
+        ours_or_padded = "starts_with" in batch or "attention_mask" in batch
+        collated.append((num_tokens(batch) if ours_or_padded else computed, computed))
         return batch
 
     return collate_and_count
@@ -186,7 +188,8 @@ def measure(contender: str, data: Path, steps: int, model: str) -> dict[str, flo
     """Train a few steps and measure them.
 
     Returns:
-        Real tokens per second, share of padding, peak memory in GB (of the process, or of the GPU),
+        Real tokens per second, shares of padding and of starts computed once, peak memory in GB (of
+        the process, or of the GPU),
         and the loss of the last step.
     """
     from scripts.model_loading import import_backend
@@ -194,6 +197,8 @@ def measure(contender: str, data: Path, steps: int, model: str) -> dict[str, flo
     recipe = _recipe(contender, steps, model)
     import_backend(recipe)
     import torch
+
+    from scripts.padding_free import token_shares
 
     # Some rows are longer than the limit; they are left out for every contender alike.
     rows = [{"messages": turns} for turns in _read_rows(data, 3 * steps * ROWS_PER_STEP)]
@@ -218,7 +223,7 @@ def measure(contender: str, data: Path, steps: int, model: str) -> dict[str, flo
         peak = torch.cuda.max_memory_reserved()
     return {
         "tokens_per_second": round(real / (clock.last - clock.first), 1),
-        "padding": round(1 - sum(batch[0] for batch in collated) / computed, 4),
+        **token_shares(sum(batch[0] for batch in collated), computed),
         "peak_gb": round(peak / 1e9, 2),
         "loss": round(clock.losses[-1], 4),
     }

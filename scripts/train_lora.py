@@ -228,6 +228,8 @@ def _finish(
     recipe: TrainingRecipe, trainer: Any, progress: Any, folder: Path, step: int
 ) -> dict[str, Any]:
     """Turn the end of training into an error, a message, and what provenance records."""
+    from scripts.padding_free import token_shares
+
     state = trainer.state
     if progress.failure:
         raise CommandError(
@@ -259,7 +261,7 @@ def _finish(
         "resumed_from": step,
         "best_step": best_step,
         "held_out_loss": state.best_metric,
-        "padding": round(1 - trainer.real_tokens / max(1, trainer.computed_tokens), 4),
+        **token_shares(trainer.real_tokens, trainer.computed_tokens),
         "rows_per_forward": -(-recipe.per_device_train_batch_size // trainer.pieces),
         "skipped_steps": progress.watch.skipped,
     }

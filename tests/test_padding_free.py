@@ -85,19 +85,93 @@ def test_gradients_equal_those_of_padded_rows(adapter):
     assert distance(laid, padded) < 1e-5
     # A row more, or rows that see each other, are further away than that by far.
     assert distance(summed_gradients(model, [lay_end_to_end(rows[:-1])]), padded) > 1e-3
-    one_row = {"cu_seq_lens_q": torch.tensor([0, 135])}
+    one_row = {"cu_seq_lens_q": torch.tensor([0, 135]), "starts_with": torch.tensor([-1])}
     assert distance(summed_gradients(model, [lay_end_to_end(rows) | one_row]), padded) > 1e-2
 
 
+def trained_from(row: dict, at: int) -> dict:
+    return {**row, "labels": [IGNORED] * at + row["input_ids"][at:]}
+
+
+def sharing_rows(shared: int, *own: int, seed: int = 0) -> list[dict]:
+    """Rows that begin alike, then go on on their own, trained from 4 tokens later."""
+    start = make_rows(shared, seed=seed)[0]["input_ids"]
+    rows = make_rows(*own, seed=seed + 1)
+    for number, row in enumerate(rows):
+        row["input_ids"] = [*start, number + 1, *row["input_ids"][1:]]  # they differ at once
+    return [trained_from(row, shared + 4) for row in rows]
+
+
+LONG, SHORT = sharing_rows(50, 20, 9)
+SHARING = {  # rows, and how many tokens are left out because they stand elsewhere already
+    "two": ([LONG, SHORT], 50),
+    "three": (sharing_rows(40, 9, 30, 17), 80),
+    "as short as can be": (sharing_rows(32, 20, 9), 32),
+    "too short": (sharing_rows(31, 20, 9), 0),
+    "among others": ([*make_rows(40, 7, seed=9), LONG, *make_rows(1, 33), SHORT], 50),
+    "two starts": ([*sharing_rows(33, 20, 9), *sharing_rows(60, 8, 9, 10, seed=5)], 153),
+    "the same row": ([LONG, LONG], 53),  # up to the token before the first trained one
+    "trained within the start": ([trained_from(LONG, 45), trained_from(SHORT, 45)], 44),
+    "one trained earlier": ([LONG, trained_from(SHORT, 40)], 39),
+    "trained too early": ([trained_from(LONG, 32), trained_from(SHORT, 32)], 0),
+    "nothing trained in one": ([SHORT, trained_from(LONG, 70)], 50),
+    "one within the other": ([LONG, trained_from({"input_ids": LONG["input_ids"][:50]}, 50)], 49),
+}
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
+@pytest.mark.parametrize(("rows", "saved"), SHARING.values(), ids=SHARING)
+def test_shared_start_has_the_gradients_of_padded_rows(rows, saved, adapter):
+    model, batch = make_model(adapter=adapter), lay_end_to_end(rows)
+    assert batch["input_ids"].numel() == sum(len(row["input_ids"]) for row in rows) - saved
+    padded = summed_gradients(model, [pad_right(rows, 0)])
+    assert enable_padding_free(model, encoded(rows), 110) is None
+    assert distance(summed_gradients(model, [batch]), padded) < 1e-5
+    # Without what it starts with, a row is another one.
+    alone = {"starts_with": torch.full_like(batch["starts_with"], -1)}
+    assert not saved or distance(summed_gradients(model, [batch | alone]), padded) > 1e-3
+    # Whole rows are counted, and come back whole.
+    whole = sorted(row["input_ids"] for row in rows)
+    assert padding_free.num_rows(batch) == len(rows)
+    assert padding_free.num_tokens(batch) == sum(map(len, whole))
+    assert sorted(row["input_ids"] for row in padding_free._take_apart(batch)) == whole
+    parts = split_batch(batch, 2)
+    assert [len(rows) // 2, -(-len(rows) // 2)] == sorted(map(padding_free.num_rows, parts))
+    assert distance(summed_gradients(model, parts), padded) < 1e-5
+
+
+def test_nothing_trained_is_shared_and_own_tokens_begin_unlearned():
+    batch = lay_end_to_end(rows := sharing_rows(50, 20, 9, 5))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 50, 70, 79, 84]
+    assert batch["starts_with"].tolist() == [-1, 0, 0, 0]
+    labels, positions = batch["labels"][0], batch["position_ids"][0]
+    assert (labels[:50] == IGNORED).all()
+    assert labels[[50, 70, 79]].tolist() == [IGNORED] * 3
+    assert positions.tolist() == [*range(70), *range(50, 59), *range(50, 55)]
+    batch = lay_end_to_end(early := [trained_from(row, 40) for row in rows])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 39, 70, 90, 106]
+    # The first trained token of each row is learned from the token before it, its own.
+    kept = batch["labels"][batch["labels"] != IGNORED].tolist()
+    assert kept == [label for row in early for label in row["input_ids"][40:]]
+
+
+HALF_ROWS = {  # both kernels: 350 is beyond the short rows
+    "own starts": make_rows(40, 350, 64, 23),
+    "short start": sharing_rows(60, 40, 23, 30),
+    "long start": sharing_rows(340, 40, 23, 30),
+}
+
+
+@pytest.mark.parametrize("rows", HALF_ROWS.values(), ids=HALF_ROWS)
 @pytest.mark.parametrize("heads", [4, 2, 1], ids=["own keys", "shared keys", "one key head"])
-def test_gradients_in_bf16_are_as_close_as_bf16_is(heads):
-    rows = make_rows(40, 350, 64, 23)  # both kernels: 350 is beyond the short rows
+def test_gradients_in_bf16_are_as_close_as_bf16_is(heads, rows):
     exact = summed_gradients(make_model(num_key_value_heads=heads), [pad_right(rows, 0)])
-    model = make_model(torch.bfloat16, num_key_value_heads=heads)
+    model, batch = make_model(torch.bfloat16, num_key_value_heads=heads), lay_end_to_end(rows)
     padded = distance(summed_gradients(model, [pad_right(rows, 0)]), exact)
-    assert enable_padding_free(model, encoded(rows), 350) is None
-    laid = distance(summed_gradients(model, [lay_end_to_end(rows)]), exact)
-    assert laid < 1.5 * padded
+    assert enable_padding_free(model, encoded(rows), 400) is None
+    assert distance(summed_gradients(model, [batch]), exact) < 1.5 * padded
+    mixed = batch | {"starts_with": batch["starts_with"].roll(1)}
+    assert len(rows) == 4 or distance(summed_gradients(model, [mixed]), exact) > 3 * padded
 
 
 def row_loss(model, before: dict[str, list[int]], row: dict[str, list[int]], **changes) -> float:
@@ -163,22 +237,19 @@ def test_short_rows_kernel_agrees_with_sdpa(length, heads):
 
 def test_only_short_half_precision_rows_take_the_short_kernel(monkeypatch):
     called = []
-    monkeypatch.setattr(
-        padding_free,
-        "functional",
-        types.SimpleNamespace(
-            scaled_dot_product_attention=lambda query, *args, **kwargs: (
-                called.append(query.shape[2])
-                or functional.scaled_dot_product_attention(query, *args, **kwargs)
-            )
-        ),
-    )
+
+    def watched(query, *args, **kwargs):
+        called.append(query.shape[2])
+        return functional.scaled_dot_product_attention(query, *args, **kwargs)
+
+    kernels = types.SimpleNamespace(scaled_dot_product_attention=watched)
+    monkeypatch.setattr(padding_free, "functional", kernels)
     for dtype, length, dropout in itertools.product(
         (torch.float32, torch.bfloat16), (320, 321), (0.0, 0.1)
     ):
         called.clear()
         tensors = [torch.randn(1, 2, length, 16).to(dtype) for _ in range(3)]
-        padding_free._attend(*tensors, 0.25, dropout)
+        padding_free._attend(tensors[0], tensors[1], tensors[2], 0.25, dropout)
         short = dtype is torch.bfloat16 and length <= 320 and not dropout
         assert called == ([] if short else [length])
 
@@ -228,13 +299,9 @@ def test_pieces_sum_to_the_gradient_of_the_whole(laid, pieces):
     assert distance(summed_gradients(model, parts[:-1]), whole) > 1e-3
 
 
-def test_one_piece_is_the_batch_itself():
-    batch = lay_end_to_end(make_rows(4, 5))
-    assert split_batch(batch, 1) == [batch]
-
-
-def test_padded_batch_counts_its_real_tokens():
+def test_padded_batch_counts_its_real_tokens_and_one_piece_is_itself():
     batch = pad_right(make_rows(4, 9), 0)
+    assert split_batch(batch, 1)[0] is batch
     assert (padding_free.num_rows(batch), padding_free.num_tokens(batch)) == (2, 13)
     assert batch["input_ids"].numel() == 18
 
@@ -272,39 +339,60 @@ def test_model_that_mixes_rows_is_left_as_it_was():
 def test_model_that_refuses_another_attention_is_left_as_it_was(error):
     model = _LeakingModel(error).eval()
     reason = enable_padding_free(model, encoded(make_rows(20, 30)), 30)
-    assert error.__name__ in reason
+    assert error.__name__ in str(reason)
     assert model.config._attn_implementation == "its own"
     assert not model.training
 
 
-def test_attention_that_ignores_where_rows_start_is_found(monkeypatch):
+@pytest.mark.parametrize(
+    ("dropped", "length"),
+    [
+        (("cu_seq_lens_q", "position_ids"), 20),
+        (("starts_with",), 20),
+        (("starts_with",), 7),
+    ],
+)
+def test_attention_that_ignores_where_rows_start_is_found(dropped, length, monkeypatch):
     """A Llama whose layers drop what they are told, as layers with a fixed signature do."""
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
-    own, whole = LlamaAttention.forward, LlamaModel.forward
+    def forgetful(forward):
+        def forward_without(self, *args, **kwargs):
+            kept = {name: value for name, value in kwargs.items() if name not in dropped}
+            return forward(self, *args, **kept)
 
-    def without_starts(self, *args, cu_seq_lens_q=None, **kwargs):
-        return own(self, *args, **kwargs)
+        return forward_without
 
-    def without_positions(self, *args, position_ids=None, **kwargs):
-        return whole(self, *args, **kwargs)
-
-    rows = encoded(make_rows(20, 30))
+    rows = encoded(make_rows(length, length))
     model = make_model()
     former = model.config._attn_implementation
     assert enable_padding_free(model, rows, 30) is None
     model = make_model()
-    monkeypatch.setattr(LlamaAttention, "forward", without_starts)
-    monkeypatch.setattr(LlamaModel, "forward", without_positions)
+    monkeypatch.setattr(LlamaAttention, "forward", forgetful(LlamaAttention.forward))
+    monkeypatch.setattr(LlamaModel, "forward", forgetful(LlamaModel.forward))
     assert enable_padding_free(model, rows, 30) == "its attention lets one row see another"
     assert model.config._attn_implementation == former
+
+
+def test_long_batch_is_rounded_up_by_what_is_no_row():
+    model, rows = make_model(adapter=True), make_rows(300, 250, 41)
+    padded = summed_gradients(model, [pad_right(rows, 0)])
+    assert enable_padding_free(model, encoded(rows), 300) is None
+    batch = lay_end_to_end(rows)
+    assert batch["input_ids"].shape == (1, 640)
+    assert (padding_free.num_rows(batch), padding_free.num_tokens(batch)) == (3, 591)
+    assert padding_free._take_apart(batch) == rows
+    assert distance(summed_gradients(model, [batch]), padded) < 1e-5
+    learned = batch | {"labels": torch.where(batch["labels"] == IGNORED, 1, batch["labels"])}
+    assert distance(summed_gradients(model, [learned]), padded) > 1e-2
+    assert lay_end_to_end(rows[:1])["input_ids"].shape == (1, 300)
 
 
 def test_rows_longer_than_the_sliding_window_stay_padded():
     config = MistralConfig(**SHAPE, sliding_window=32)
     model = MistralForCausalLM(config)
     former, rows = model.config._attn_implementation, encoded(make_rows(20, 30))
-    assert "longer than the sliding window of 32" in enable_padding_free(model, rows, 33)
+    assert "longer than the sliding window of 32" in str(enable_padding_free(model, rows, 33))
     assert model.config._attn_implementation == former
     assert enable_padding_free(model, rows, 32) is None
     assert model.config._attn_implementation == padding_free.ATTENTION
