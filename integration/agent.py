@@ -103,6 +103,7 @@ def respond(
     on_text: Callable[[str], None] | None = None,
     on_call: Callable[[CallRecord], None] | None = None,
     approve: Callable[[ToolCall], bool] | None = None,
+    dry_run: bool = False,
 ) -> Reply:
     """Answer a conversation, calling tools when the model decides to.
 
@@ -115,11 +116,14 @@ def respond(
         on_text: Gets the answer's text as it is decoded.
         on_call: Gets each finished tool call.
         approve: Asked before each call; without it every call is run.
+        dry_run: Do not run a call; it ends the reply.
 
     Raises:
         CommandError: Exit 4; the conversation does not fit into the context.
     """
-    stream = backend.stream(respond_steps(backend, messages, settings, tools, on_call, approve))
+    stream = backend.stream(
+        respond_steps(backend, messages, settings, tools, on_call, approve, dry_run)
+    )
     try:
         while True:
             piece = next(stream)
@@ -139,6 +143,7 @@ def respond_steps(
     tools: Sequence[BaseTool] = (),
     on_call: Callable[[CallRecord], None] | None = None,
     approve: Callable[[ToolCall], bool] | None = None,
+    dry_run: bool = False,
 ) -> Steps[Reply]:
     """Do what ``respond`` does, in steps that may be driven beside those of other requests."""
     reply, own = Reply(), settings
@@ -151,6 +156,11 @@ def respond_steps(
         if turn.call is None and turn.error is None:
             reply.text = turn.text
             reply.turns.append({"role": "assistant", "content": turn.text})
+            return reply
+        if dry_run:
+            call = turn.call or ToolCall("")
+            reply.error = turn.error and f"error: the tool call is not whole: {turn.error}"
+            reply.tool_calls.append(CallRecord(call.name, call.arguments, error=reply.error))
             return reply
         record = _make_call(turn, tools, reply.tool_calls, approve)
         if record is None:

@@ -40,6 +40,7 @@ def _respond(session: Session, request: Request, stream: bool) -> "Reply":
         session.tools,
         on_text=show if stream else None,
         approve=approve_on_terminal if session.approve else None,
+        dry_run=session.dry_run,
     )
 
 
@@ -98,6 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"--jsonl: requests decoded side by side (default {PARALLEL}); 1 gives the same text "
         "whatever else is asked",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="--tools: give the call that the model makes, run none",
+    )
+    parser.add_argument(
+        "--free-calls",
+        action="store_true",
+        help="--tools: decode calls without the grammar, to see what the model does by itself",
+    )
     add_model_options(parser, tools_default=False)
     return parser
 
@@ -116,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     if not prompt.strip():
         raise CommandError("the prompt is empty; expected some text")
-    session = open_session(options)
+    session = _open(options)
     request = from_prompt(prompt.strip(), session.system, options.route)
     reply = _respond(session, request, stream=not options.json)
     if options.json:
@@ -130,6 +141,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _exit_code(reply, options.timeout)
 
 
+def _open(options: argparse.Namespace, n_sequences: int = 1) -> Session:
+    from integration.local_model import LocalModel
+
+    session = open_session(options, n_sequences)
+    session.dry_run = options.dry_run
+    # Only a GGUF is decoded under a grammar at all.
+    if isinstance(session.model, LocalModel):
+        session.model.free_calls = options.free_calls
+    return session
+
+
 def _run_lines(options: argparse.Namespace) -> int:
     from integration.lines import answer_lines, open_output
 
@@ -140,7 +162,7 @@ def _run_lines(options: argparse.Namespace) -> int:
     if options.resume and options.output is None:
         raise CommandError("--resume goes on with a file; name it with --output FILE")
     with open_output(options.output, options.resume) as output:
-        session = open_session(options, options.parallel or PARALLEL)
+        session = _open(options, options.parallel or PARALLEL)
         log(f"seed {session.seed}")
         return answer_lines(session, options.route, sys.stdin, output)
 

@@ -1,10 +1,12 @@
 """What a tool call may look like: a grammar from the tools' schemas, as token masks (llguidance).
 
 The model decides whether to call and which tool; the grammar keeps a call well-formed, and copies of
-the user's text exact: an argument marked ``verbatim`` in its schema must be a span of the request.
+the user's text exact: what is marked ``verbatim`` in its schema must be a span of the request, from
+one end of a word to another.
 """
 
 import json
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ from tools.protocol import CALL_END, CALL_START, ToolDefinition, tool_schema
 
 _MAX_SPAN_SOURCE = 20_000
 _MAX_COMPILED = 32
+# A copy begins and ends between these: a word is never cut in two.
+_WHOLE = re.compile(r"\w+|\s|[^\w\s]")
 # Spacing of json.dumps, which wrote the calls in the training data. What llguidance does not know of a
 # foreign schema is left to the validation behind it.
 _JSON_STYLE = {
@@ -28,6 +32,8 @@ _JSON_STYLE = {
         "lenient": True,
     }
 }
+_SPAN = '"\\"" SPAN "\\""'
+_ANY_STRING = '%json {"type": "string"}'
 # What shapes JSON. Lengths are left out: long ones make grammars of megabytes.
 _KEPT_KEYWORDS = (
     "type", "enum", "const", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
@@ -64,8 +70,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _escaped_characters(text: str) -> list[str]:
-    return [_quoted(character)[1:-1] for character in text]
+def _escaped_words(text: str) -> list[str]:
+    return [_quoted(word)[1:-1] for word in _WHOLE.findall(text)]
 
 
 def call_grammar(tools: Sequence[Tool], request: str) -> str:
@@ -80,7 +86,7 @@ def call_grammar(tools: Sequence[Tool], request: str) -> str:
     """
     names = [f"tool_{number}" for number in range(len(tools))]
     rules = [f"start: {_quoted(CALL_START)} ({' | '.join(names)}) {_quoted(CALL_END)}"]
-    chunks = _escaped_characters(request[-_MAX_SPAN_SOURCE:])
+    chunks = _escaped_words(request[-_MAX_SPAN_SOURCE:])
     rules.append(f"SPAN: %regex {json.dumps({'substring_chunks': chunks or ['']})}")
     for rule, tool in zip(names, tools, strict=True):
         schema = tool.schema if isinstance(tool, ToolDefinition) else tool_schema(tool)
@@ -107,9 +113,23 @@ def _arguments(schema: dict[str, Any]) -> str:
 
 def _value(value: dict[str, Any], schema: dict[str, Any]) -> str:
     if value.get("verbatim"):
-        return '"\\"" SPAN "\\""'
+        return _SPAN
+    if (values := _verbatim_values(value)) is not None:
+        return values
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return f"%json {json.dumps({**_plain_schema({**value, **shared}), **_JSON_STYLE})}"
+
+
+def _verbatim_values(value: dict[str, Any]) -> str | None:
+    """Write an object of any names whose values are all spans; None for another schema."""
+    for variant in (value, *value.get("anyOf", ())):
+        members = variant.get("additionalProperties")
+        if isinstance(members, dict) and members.get("verbatim"):
+            names = value.get("propertyNames", {}).get("enum")
+            key = " | ".join(_quoted(_quoted(name)) for name in names) if names else _ANY_STRING
+            member = f'({key}) ": " {_SPAN}'
+            return f'"{{" ({member} (", " {member})*)? "}}"'
+    return None
 
 
 def json_grammar(schema: dict[str, Any]) -> str:

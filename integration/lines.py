@@ -200,7 +200,9 @@ def _make_job(session: Session, route: str, number: int, line: str) -> _LineJob:
     except CommandError as error:
         return _LineJob(number, Request([], line.strip(), id_of(line)), result=error)
     # Every request starts from the same seed, so that a line answers alike alone and in a batch.
-    steps = respond_steps(session.model, request.messages, session.settings, session.tools)
+    steps = respond_steps(
+        session.model, request.messages, session.settings, session.tools, dry_run=session.dry_run
+    )
     return _LineJob(number, request, steps=steps, group=request.adapter)
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from integration._cli import CommandError
 from integration.backend import (
     AUTO,
+    EXACT,
     NONE,
     REQUIRED,
     Feed,
@@ -44,9 +46,14 @@ class LocalModel:
         engine: The loaded file.
         template: Source of a chat template in place of the file's own; it writes a BOS only where the
             file wants one.
+
+    Attributes:
+        free_calls: Decode calls without the grammar, to measure what it is worth; one that is no call
+            then ends in a turn's ``error``.
     """
 
     def __init__(self, engine: Engine, template: str | None = None) -> None:
+        self.free_calls = False
         self.engine = engine
         self.name = engine.header.path.name
         self.lock = engine.lock
@@ -168,6 +175,13 @@ class LocalModel:
             settings.max_tokens, len(self.engine.tokenize(request)) + _CALL_OVERHEAD_TOKENS
         )
         limit = answer_room(len(feed.tokens), wanted, self.n_ctx)
+        if self.free_calls:
+            exact = replace(settings, **EXACT, stop=())
+            free = self._answer(feed, row, exact, limit, started, deadline, first)
+            turn = read_call((yield from _without_text(free)))
+            if turn.call is None and turn.error is None:
+                yield turn.text
+            return turn
         constraint = Constraint(self.engine, call_grammar(named, request))
         turn = yield from self._constrained(feed, row, constraint, limit, started, deadline)
         if turn.error is None:
@@ -304,6 +318,27 @@ class LocalModel:
         if answer.finish_reason != "stop":
             turn.error = f"cut off after {answer.completion_tokens} tokens"
         return turn
+
+
+def _without_text(steps: Steps[Turn]) -> Steps[Turn]:
+    """Drive steps whose text is shown to nobody."""
+    reply = None
+    try:
+        while True:
+            event = steps.send(reply)
+            reply = None if isinstance(event, str) else (yield event)
+    except StopIteration as end:
+        turn: Turn = end.value
+        return turn
+
+
+def read_call(turn: Turn) -> Turn:
+    """Read the call of a turn that was decoded freely; what only begins like one has an ``error``."""
+    try:
+        turn.call = parse_tool_call(turn.text)
+    except ValueError as error:
+        turn.error = str(error)
+    return turn
 
 
 def user_texts(messages: Sequence[Message]) -> str:

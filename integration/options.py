@@ -27,6 +27,7 @@ class Session:
     system: str | None
     seed: int
     approve: bool = False
+    dry_run: bool = False
 
 
 def positive_int(text: str) -> int:

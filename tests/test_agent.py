@@ -154,6 +154,29 @@ def test_each_call_is_approved_first(approved, monkeypatch):
     assert reply.text == "the answer"
 
 
+def test_dry_run_shows_the_call_and_runs_none(monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        agent, "run_call", lambda call, _: ran.append(call) or run_call(call, TOOLS)
+    )
+    reply = ask(Scripted(GOOD), dry_run=True)
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [
+        (GOOD.name, GOOD.arguments)
+    ]
+    assert (reply.tool_calls[0].result, reply.error, reply.text, ran) == (None, None, "", [])
+    assert ask(Scripted(), dry_run=True).text == "the answer"
+    ask(Scripted(GOOD))
+    assert ran == [GOOD]
+
+
+def test_dry_run_tells_of_a_call_that_is_none():
+    backend = Scripted(Turn("<tool_call>{", error="the call has no end"), GOOD)
+    reply = ask(backend, dry_run=True)
+    assert [call.name for call in reply.tool_calls] == [""]
+    assert "the call has no end" in reply.error
+    assert len(backend.asked) == 1
+
+
 def test_time_limit_is_that_of_the_whole_reply():
     backend = Scripted(GOOD)
     started = time.monotonic()

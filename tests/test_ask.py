@@ -51,6 +51,16 @@ def test_text_goes_to_stdout_and_nothing_else(ask):
     assert "llama" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("free", [[], ["--free-calls"]], ids=["grammar", "free"])
+def test_dry_run_answers_plain_requests_as_ever(ask, free):
+    done = ask("--jsonl", "--tools", "--dry-run", *free, "--max-tokens", "4", stdin="Say hi\n")
+    assert done.returncode == 0
+    (answer,) = lines(done)
+    assert list(answer) == FIELDS
+    assert (answer["tool_calls"], answer["error"]) == ([], None)
+    assert answer["text"]
+
+
 def test_plain_lines_strings_and_objects_are_prompts(ask):
     requests = [
         "Say hi",

@@ -11,7 +11,7 @@ from integration import constraint as constraint_module
 from integration.constraint import Constraint, call_grammar
 from integration.models import load_gguf
 from tools import TOOLS
-from tools.protocol import ToolCall, parse_tool_call, render_tool_call
+from tools.protocol import ToolCall, ToolDefinition, parse_tool_call, render_tool_call
 
 pytestmark = pytest.mark.model
 REQUEST = 'Wrap "größe\n\\ 😀" to 30 columns, please: {x}.'
@@ -40,7 +40,9 @@ def accepts(model, text: str, request: str = REQUEST) -> bool:
         ("text_formatter", {"text": "please", "width": 400, "indent": 100}),
         ("text_formatter", {"text": "{x}", "indent": 2}),
         ("template_generator", {"template_type": "bug_report"}),
-        ("template_generator", {"template_type": "email", "fields": {"subject": "Hi"}}),
+        ("template_generator", {"template_type": "email", "fields": {"subject": "30 columns"}}),
+        ("template_generator", {"template_type": "email", "fields": {"body": "x", "sender": "to"}}),
+        ("template_generator", {"template_type": "email", "fields": {}}),
         ("content_validator", {"text": "to 30", "rules": ["not_empty", "is_email"]}),
     ],
 )
@@ -53,11 +55,15 @@ def test_valid_calls_pass(model, name, arguments):
     [
         ("text_formatter", {"text": "not in the request"}),
         ("text_formatter", {"text": "grösse"}),
+        ("text_formatter", {"text": "rap"}),
+        ("text_formatter", {"text": "to 30 colum"}),
         ("text_formatter", {"text": "Wrap", "width": 9}),
         ("text_formatter", {"text": "Wrap", "width": 401}),
         ("text_formatter", {"text": "Wrap", "color": "red"}),
         ("text_formatter", {"width": 30}),
         ("template_generator", {"template_type": "poem"}),
+        ("template_generator", {"template_type": "email", "fields": {"subject": "Hi"}}),
+        ("template_generator", {"template_type": "email", "fields": {"colour": "30"}}),
         ("content_validator", {"text": "Wrap", "rules": []}),
         ("content_validator", {"text": "Wrap", "rules": ["is_nice"]}),
         ("rm", {}),
@@ -85,14 +91,35 @@ def test_a_model_that_talks_nonsense_still_makes_a_valid_call(model):
         assert call.name in {tool.name for tool in TOOLS}
         if "text" in call.arguments:
             assert call.arguments["text"] in REQUEST
+        assert all(value in REQUEST for value in call.arguments.get("fields", {}).values())
 
 
 def test_long_hostile_requests_compile(model):
     rng = random.Random(3)
     request = "".join(rng.choice('"\\{}[]<>|\n\t😀ж漢a ') for _ in range(5000))
-    call = ToolCall("text_formatter", {"text": request[100:200]})
-    assert json.loads(render_tool_call(call)[11:-12])["arguments"]["text"] == request[100:200]
+    text = request[request.index("{", 100) : request.index("]", 200)]
+    call = ToolCall("text_formatter", {"text": text})
+    assert json.loads(render_tool_call(call)[11:-12])["arguments"]["text"] == text
     assert accepts(model, render_tool_call(call), request)
+
+
+def test_foreign_object_of_spans_may_have_any_names(model):
+    members = {"type": "string", "verbatim": True}
+    tool = ToolDefinition(
+        "note", "", {"properties": {"tags": {"type": "object", "additionalProperties": members}}}
+    )
+    grammar = call_grammar([tool], REQUEST)
+
+    def passes(tags: dict[str, str]) -> bool:
+        constraint = Constraint(model.engine, grammar)
+        for token in model.engine.tokenize(render_tool_call(ToolCall("note", {"tags": tags}))):
+            if constraint.finished or not constraint.allowed(model.engine.n_vocab)[token]:
+                return False
+            constraint.advance(token)
+        return constraint.finished
+
+    assert passes({"any name": "columns", "other": "30"})
+    assert not passes({"any name": "rows"})
 
 
 def test_tokenizer_goes_with_its_model(embedded_gguf):

@@ -198,6 +198,40 @@ def test_model_that_wants_to_call_does_or_may_not(model, monkeypatch):
     assert not answered.text.startswith("<")
 
 
+@pytest.mark.parametrize(
+    ("said", "name", "error"),
+    [
+        ('<tool_call>{"name": "anything", "arguments": {"a": 1}}</tool_call>', "anything", None),
+        ('<tool_call>{"name": "text_formatter", "arg', None, "the call has no end"),
+        ("<b>bold</b> text", None, None),
+    ],
+)
+def test_free_calls_are_what_the_model_wrote(model, monkeypatch, said, name, error):
+    tokens = [*model.engine.tokenize(said), *model.engine.tokenize("<|im_end|>", special=True)]
+    rest = iter(tokens[1:])
+    logits = model.engine.logits
+
+    def eager(row):
+        scores = logits(row).copy()
+        scores[tokens[0]] = scores.max() + 1
+        return scores
+
+    monkeypatch.setattr(model.engine, "logits", eager)
+    monkeypatch.setattr("integration.sampler.Sampler.sample", lambda *_: next(rest))
+    monkeypatch.setattr(model, "free_calls", True)
+    pieces = []
+    stream = model.stream(model.turn(REQUEST, Settings(), TOOLS))
+    try:
+        while True:
+            pieces.append(next(stream))
+    except StopIteration as end:
+        result = end.value
+    assert (result.text, pieces) == (said, [] if name or error else [said])
+    assert (result.call.name if result.call else None) == name
+    assert (result.error or "").startswith(error or "")
+    assert (result.error is None) is (error is None)
+
+
 def test_foreign_schemas_are_kept(model):
     """Trap 13, case 6: bounds ignored, or the whole schema replaced by "any JSON"."""
     schema = {

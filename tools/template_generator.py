@@ -231,12 +231,20 @@ def fill_template(template_type: TemplateType, fields: dict[str, str] | None = N
     return f"{text}\n\nStill to fill in: {', '.join(missing)}" if missing else text
 
 
+_FIELD_NAMES = sorted({name for kind in _TEMPLATES for name in list_fields(kind)})
+_FieldValue = Annotated[str, Field(max_length=10_000, json_schema_extra={"verbatim": True})]
+
+
 class _Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, title="template_generator")
 
     template_type: TemplateType = Field(description="The kind of document.")
-    fields: dict[str, Annotated[str, Field(max_length=10_000)]] | None = Field(
-        None, max_length=20, description="Values to fill in, by field name."
+    fields: dict[str, _FieldValue] | None = Field(
+        None,
+        max_length=20,
+        description="Values to fill in, by field name.",
+        # For a grammar only: a wrong name gets an error that knows the type's own fields.
+        json_schema_extra={"propertyNames": {"enum": _FIELD_NAMES}},
     )
 
 
