@@ -28,9 +28,11 @@ from scripts.deduplicate import (
     first_request,
     make_signature,
 )
-from scripts.make_tool_data import MIN_SENTENCES, Corpus, generate_conversations
+from scripts.make_tool_data import Diversity, generate_conversations
 from scripts.read_rows import RawRow, check_unreadable, list_files, open_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
+from scripts.tool_requests import REQUESTS_DIR
+from scripts.tool_texts import MIN_SENTENCES, Corpus
 
 DATA_FORMAT = 3
 SHOWN_BAD_LINES, KEPT_BAD_LINES = 10, 20
@@ -38,7 +40,8 @@ SHOWN_BAD_LINES, KEPT_BAD_LINES = 10, 20
 MAX_REASONS, OTHER_REASONS = 100, "other reasons"
 CLOSE_PROMPT = "prompt too close to a held-out row"
 MAX_CORPUS_ROWS = 5000
-MAX_EVAL_TOOL_ROWS, MIN_EVAL_TOOL_ROWS = 12, 4
+MAX_EVAL_TOOL_ROWS, MIN_EVAL_TOOL_ROWS = 20, 4
+_TOOL_MODULES = ("make_tool_data", "tool_requests", "tool_texts", "tool_conversations")
 _TRAIN, _EVAL, _EVAL_TOOLS, _REJECTED = (
     f"{name}.jsonl" for name in ("train", "eval", "eval_tools", "rejected")
 )
@@ -65,8 +68,11 @@ def input_hash(recipe: TrainingRecipe) -> str:
     """Hash what this stage depends on: the files' bytes (or the hub name) and the recipe's keys."""
     path, digest = Path(recipe.dataset_name), hashlib.sha256()
     root = Path(__file__).parent.parent
-    modules = ["tools/protocol.py", *(["scripts/make_tool_data.py"] if recipe.tool_rows else [])]
-    files = {name: root / name for name in modules}
+    made_of = {root / "tools" / "protocol.py"}
+    if recipe.tool_rows:
+        made_of |= {root / "scripts" / f"{name}.py" for name in _TOOL_MODULES}
+        made_of |= {*(root / "tools").glob("*.py"), *REQUESTS_DIR.iterdir()}
+    files = {part.relative_to(root).as_posix(): part for part in sorted(made_of)}
     if path.is_dir():
         files |= {f"./{file.relative_to(path).as_posix()}": file for file in list_files(path)}
     elif path.is_file():
@@ -103,6 +109,7 @@ class _Preparation:
         self.left_out: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
         self.num_train = self.num_eval = self.num_tools = self.num_eval_tools = 0
+        self.tool_diversity: dict[str, Any] = {}
         self.store = RowStore(work_dir, recipe.seed, recipe.near_duplicate_threshold)
         # Statistics are sorted on disk as well.
         self.database = self.store.database
@@ -233,10 +240,10 @@ class _Preparation:
         """Add generated tool use: from training texts to train, from held-out texts to watch."""
         if not self.recipe.tool_rows:
             return
-        corpus = _corpus_of(self.train)
-        self.num_tools = _write_lines(
-            self.train, generate_conversations(self.recipe.tool_rows, self.recipe.seed, corpus)
-        )
+        corpus, diversity = _corpus_of(self.train), Diversity()
+        rows = generate_conversations(self.recipe.tool_rows, self.recipe.seed, corpus)
+        self.num_tools = _write_lines(self.train, diversity.watch(rows))
+        self.tool_diversity = diversity.to_json()
         held_out_corpus = _corpus_of(self.held_out)
         if len(held_out_corpus.sentences) < MIN_SENTENCES:
             log("prepare: too few held-out sentences; eval_tools.jsonl is made of training texts")
@@ -244,7 +251,7 @@ class _Preparation:
         share = self.num_eval / (self.num_train + self.num_eval)
         wanted = max(MIN_EVAL_TOOL_ROWS, round(self.recipe.tool_rows * share))
         rows = generate_conversations(
-            min(MAX_EVAL_TOOL_ROWS, wanted), self.recipe.seed + 1, held_out_corpus
+            min(MAX_EVAL_TOOL_ROWS, wanted), self.recipe.seed + 1, held_out_corpus, held_out=True
         )
         with (self.work_dir / _EVAL_TOOLS).open("wb") as file:
             self.num_eval_tools = _write_lines(file, rows)
@@ -264,6 +271,7 @@ class _Preparation:
             "rejected_rows": self.rejected_rows,
             "train_rows": self.num_train,
             "tool_rows": self.num_tools,
+            "tool_diversity": self.tool_diversity,
             "eval_rows": self.num_eval,
             "eval_tool_rows": self.num_eval_tools,
             "sources": dict(sources),
