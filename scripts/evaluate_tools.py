@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -252,7 +253,7 @@ def evaluate(
     result = {
         "inputs": inputs,
         "requests": {
-            "file": str(settings.requests_path),
+            "file": os.path.relpath(settings.requests_path),
             "asked": len(requests),
             "with_call": sum(request.call is not None for request in requests),
         },

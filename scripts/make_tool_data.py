@@ -28,10 +28,10 @@ Row = dict[str, Any]
 KINDS = {
     "text_formatter": 0.24,
     "template_generator": 0.17,
-    "content_validator": 0.28,
-    "no_tool": 0.15,
-    "ask_back": 0.12,
-    "follow_up": 0.04,
+    "content_validator": 0.26,
+    "no_tool": 0.18,
+    "ask_back": 0.1,
+    "follow_up": 0.05,
 }
 # A request may come in the middle of a conversation, or under a system prompt of the user's own.
 TALK_BEFORE_SHARE = 0.05
