@@ -33,6 +33,13 @@ KINDS = {
     "ask_back": 0.1,
     "follow_up": 0.05,
 }
+# A few hundred rows teach the plain wish, said in few ways; of the varied rows they would teach nothing.
+BASIC_KINDS = {
+    "text_formatter": 0.3,
+    "template_generator": 0.21,
+    "content_validator": 0.24,
+    "no_tool": 0.25,
+}
 # A request may come in the middle of a conversation, or under a system prompt of the user's own.
 TALK_BEFORE_SHARE = 0.05
 OWN_SYSTEM_SHARE = 0.03
@@ -61,7 +68,7 @@ def sample_conversations() -> list[list[Message]]:
 
 
 def generate_conversations(
-    num_rows: int, seed: int, corpus: Corpus, held_out: bool = False
+    num_rows: int, seed: int, corpus: Corpus, held_out: bool = False, basic: bool = False
 ) -> Iterator[Row]:
     """Yield rows of ``messages``, ``source`` and ``kind``.
 
@@ -70,6 +77,7 @@ def generate_conversations(
         seed: The same seed and corpus give the same rows.
         corpus: Where texts come from, beside the bank of the project.
         held_out: Use the phrasings and texts that training rows are never made of.
+        basic: Use some eighty plain phrasings and single turns, for a training of minutes.
 
     Raises:
         CommandError: The corpus has too few sentences.
@@ -81,13 +89,16 @@ def generate_conversations(
     from tools import TOOLS
 
     rng = random.Random(seed)
-    conversations = Conversations(corpus, rng, held_out)
+    conversations = Conversations(corpus, rng, held_out, basic)
+    kinds = BASIC_KINDS if basic else KINDS
     for _ in range(num_rows):
-        kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+        kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
         turns: list[Message] = getattr(conversations, kind)()
-        if rng.random() < TALK_BEFORE_SHARE:
-            turns = conversations.no_tool() + turns
-        own = rng.choice(SYSTEM_PROMPTS) if rng.random() < OWN_SYSTEM_SHARE else None
+        own = None
+        if not basic:
+            if rng.random() < TALK_BEFORE_SHARE:
+                turns = conversations.no_tool() + turns
+            own = rng.choice(SYSTEM_PROMPTS) if rng.random() < OWN_SYSTEM_SHARE else None
         system = {"role": "system", "content": system_with_tools(own, TOOLS)}
         yield {"messages": [system, *turns], "source": "tomeforge_tools", "kind": kind}
 
@@ -158,6 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--held-out", action="store_true", help="use the phrasings that no training row is made of"
     )
+    parser.add_argument(
+        "--basic", action="store_true", help="use the few plain phrasings of tool_phrasings: basic"
+    )
     parser.add_argument("--report", action="store_true", help="print how varied they are instead")
     return parser
 
@@ -168,7 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rows < 1:
         raise CommandError(f"--rows: got {arguments.rows}, expected at least 1")
     corpus = Corpus.of(sample_conversations())
-    rows = generate_conversations(arguments.rows, arguments.seed, corpus, arguments.held_out)
+    if arguments.basic and arguments.held_out:
+        raise CommandError("--basic: its phrasings are for training only; leave out --held-out")
+    rows = generate_conversations(
+        arguments.rows, arguments.seed, corpus, arguments.held_out, arguments.basic
+    )
     if arguments.report:
         print(json.dumps(measure_diversity(rows), indent=2))
         return OK

@@ -53,6 +53,7 @@ _HASHED_KEYS = (
     "sources",
     "near_duplicate_threshold",
     "tool_rows",
+    "tool_phrasings",
     "eval_fraction",
     "max_eval_rows",
     "seed",
@@ -241,7 +242,12 @@ class _Preparation:
         if not self.recipe.tool_rows:
             return
         corpus, diversity = _corpus_of(self.train), Diversity()
-        rows = generate_conversations(self.recipe.tool_rows, self.recipe.seed, corpus)
+        rows = generate_conversations(
+            self.recipe.tool_rows,
+            self.recipe.seed,
+            corpus,
+            basic=self.recipe.tool_phrasings == "basic",
+        )
         self.num_tools = _write_lines(self.train, diversity.watch(rows))
         self.tool_diversity = diversity.to_json()
         held_out_corpus = _corpus_of(self.held_out)

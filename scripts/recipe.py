@@ -56,6 +56,9 @@ class TrainingRecipe:
         0.85, "leave out rows whose word shingles overlap more (Jaccard); 1 = exact copies only"
     )
     tool_rows: int = _option(0, "add this many generated tool-use conversations; 0 = none")
+    tool_phrasings: str = _option(
+        "all", "all, or basic: few plain ones, for a training of some minutes"
+    )
     eval_fraction: float = _option(0.08, "share of the rows held out for evaluation")
     max_eval_rows: int = _option(200, "hold out at most this many rows")
 
@@ -124,6 +127,7 @@ def _range_problems(recipe: TrainingRecipe) -> typing.Iterator[str]:
         ("num_train_epochs", recipe.num_train_epochs > 0, "more than 0"),
         ("max_rows", recipe.max_rows >= 0, "0 or more"),
         ("tool_rows", recipe.tool_rows >= 0, "0 or more"),
+        ("tool_phrasings", recipe.tool_phrasings in ("all", "basic"), "all or basic"),
         (
             "near_duplicate_threshold",
             0.5 <= recipe.near_duplicate_threshold <= 1,

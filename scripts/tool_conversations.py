@@ -18,8 +18,9 @@ ANSWER_OPENING = "Here is the result:"
 MAX_RESULT_CHARACTERS = 300
 # A conversation of two calls holds its text four times.
 MAX_FIRST_CHARACTERS = 200
-ANSWERED_SHARE = 0.12
+ANSWERED_SHARE, BASIC_ANSWERED_SHARE = 0.12, 0.5
 CARELESS_SHARE = 0.12
+BASIC = "basic"  # a register
 FOLLOW_UP_SHARE = 0.35
 CORPUS_QUESTION_SHARE = 0.2
 MIN_QUESTIONS = 20
@@ -53,10 +54,14 @@ class Conversations:
         corpus: Texts of the run's own rows.
         rng: Source of randomness; the same one gives the same conversations.
         held_out: Use the held-out phrasings and texts instead of the others.
+        basic: Use only the few plain phrasings that a short training can learn.
     """
 
-    def __init__(self, corpus: Corpus, rng: random.Random, held_out: bool) -> None:
-        self._rng, self._texts = rng, Texts(corpus, rng, held_out)
+    def __init__(
+        self, corpus: Corpus, rng: random.Random, held_out: bool, basic: bool = False
+    ) -> None:
+        self._rng, self._texts, self._basic = rng, Texts(corpus, rng, held_out), basic
+        self._answered_share = BASIC_ANSWERED_SHARE if basic else ANSWERED_SHARE
         self._tools = {tool.name: tool for tool in TOOLS}
         enough = len(corpus.questions) >= MIN_QUESTIONS
         self._questions = Deck(corpus.questions, rng) if enough else None
@@ -64,8 +69,13 @@ class Conversations:
         self._all: dict[str, Deck[Phrasing]] = {}
         self._decks: dict[tuple[str, str], Deck[Phrasing]] = {}
         for name in PHRASING_FILES:
-            phrasings = read_phrasings(name, held_out)
-            self._all[name] = Deck(phrasings, rng)
+            phrasings = [
+                phrasing
+                for phrasing in read_phrasings(name, held_out)
+                if (phrasing.register == BASIC) is basic
+            ]
+            if phrasings:
+                self._all[name] = Deck(phrasings, rng)
             for form in dict.fromkeys(phrasing.form for phrasing in phrasings):
                 self._decks[name, form] = Deck([one for one in phrasings if one.form == form], rng)
 
@@ -73,7 +83,8 @@ class Conversations:
 
     def text_formatter(self) -> list[Message]:
         """Wrap or indent a text."""
-        form = self._rng.choice(FORMATTER_FORMS)
+        forms = [form for form in FORMATTER_FORMS if ("text_formatter", form) in self._decks]
+        form = self._rng.choice(forms)
         phrasing, text = self._draw("text_formatter", form), self._texts.any()
         return self._called(*self._format(phrasing, text))
 
@@ -95,7 +106,7 @@ class Conversations:
 
     def content_validator(self) -> list[Message]:
         """Ask whether a text follows one rule or several."""
-        form = self._rng.choice(SEVERAL_RULES)
+        form = "frame" if self._basic else self._rng.choice(SEVERAL_RULES)
         if form == "frame":
             frame = self._draw("content_validator_several", form)
             return self._called(*self._check_clauses(frame))
@@ -107,7 +118,9 @@ class Conversations:
         if self._questions and self._rng.random() < CORPUS_QUESTION_SHARE:
             return list(self._questions.draw())
         # More of those that only look like a request for a tool: they are the difficult ones.
-        name = self._rng.choice(("no_tool_near", "no_tool_near", "no_tool_general"))
+        name = "no_tool_general"
+        if "no_tool_near" in self._all:
+            name = self._rng.choice(("no_tool_near", "no_tool_near", name))
         return self._answered(self._draw(name))
 
     def ask_back(self) -> list[Message]:
@@ -152,7 +165,9 @@ class Conversations:
         return phrasing
 
     def _template(self, phrasing: Phrasing) -> str:
-        careless = phrasing.register != "foreign" and self._rng.random() < CARELESS_SHARE
+        careless = (
+            phrasing.register not in ("foreign", BASIC) and self._rng.random() < CARELESS_SHARE
+        )
         return type_carelessly(phrasing.request, self._rng) if careless else phrasing.request
 
     def _new_settings(self, template: str, old: Arguments) -> Arguments:
@@ -189,7 +204,7 @@ class Conversations:
         return fill(self._template(phrasing), shown), ToolCall("content_validator", call)
 
     def _check_clauses(self, frame: Phrasing) -> tuple[str, ToolCall]:
-        number = self._rng.choice((2, 2, 3))
+        number = self._rng.choice((1, 1, 1, 2) if self._basic else (2, 2, 3))
         clauses: dict[str, Phrasing] = {}
         while len(clauses) < number:
             clause = self._draw("content_validator_several", "clause")
@@ -203,11 +218,8 @@ class Conversations:
             shown = {"n": self._texts.number(limit, frame), "language": language}
             parts.append(fill(clause.request, shown))
             rules.append(fill(rule, {"n": str(limit), "code": code}))
-        joined = (
-            ", ".join(parts[:-1])
-            + self._rng.choice((" and ", " and ", ", and ", " and that "))
-            + parts[-1]
-        )
+        last = self._rng.choice((" and ", " and ", ", and ", " and that ")) + parts[-1]
+        joined = ", ".join(parts[:-1]) + last if parts[1:] else parts[0]
         call = ToolCall("content_validator", {"text": text, "rules": rules})
         return fill(self._template(frame), {"text": text, "clauses": joined}), call
 
@@ -237,7 +249,7 @@ class Conversations:
     def _called(self, request: str, call: ToolCall, answered: bool = False) -> list[Message]:
         turns = [_user(request), _assistant(render_tool_call(call))]
         result = self._tools[call.name].invoke(call.arguments)
-        wanted = answered or self._rng.random() < ANSWERED_SHARE
+        wanted = answered or self._rng.random() < self._answered_share
         if wanted and (answered or len(result) < MAX_RESULT_CHARACTERS):
             turns += [_user(render_tool_result(result)), _assistant(answer_from(call, result))]
         return turns

@@ -132,7 +132,7 @@ class Texts:
 
     def number(self, value: int, phrasing: Phrasing) -> str:
         """Write a number in digits, sometimes in words: in English, and not in what looks like code."""
-        in_digits = phrasing.register == "foreign" or _LIKE_CODE.search(phrasing.request)
+        in_digits = phrasing.register in ("foreign", "basic") or _LIKE_CODE.search(phrasing.request)
         if in_digits or self.rng.random() > _WORDS_SHARE:
             return str(value)
         return number_in_words(value)
