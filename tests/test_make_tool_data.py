@@ -9,6 +9,7 @@ import pytest
 from scripts._cli import CommandError
 from scripts.conversations import to_conversation
 from scripts.make_tool_data import (
+    BASIC_KINDS,
     KINDS,
     OWN_SYSTEM_SHARE,
     SYSTEM_PROMPTS,
@@ -44,12 +45,12 @@ def test_same_seed_same_rows():
     assert list(generate_conversations(12, 5, CORPUS)) == rows[:12]
 
 
-def shares_off(rows: list[dict]) -> list[str]:
+def shares_off(rows: list[dict], kinds: dict[str, float] = KINDS) -> list[str]:
     """Name the kinds whose share is further off than four standard deviations of chance."""
     counts, total = Counter(row["kind"] for row in rows), len(rows)
     return [
         kind
-        for kind, share in KINDS.items()
+        for kind, share in kinds.items()
         if abs(counts.pop(kind) / total - share) > 4 * (share * (1 - share) / total) ** 0.5
     ] + list(counts)
 
@@ -252,3 +253,33 @@ def test_no_rows_are_refused(number, capsys):
     with pytest.raises(SystemExit):
         main(["--rows", "many"])
     assert capsys.readouterr().out == ""
+
+
+def test_basic_rows_are_single_requests_of_few_kinds(capsys):
+    rows = list(generate_conversations(600, 4, CORPUS, basic=True))
+    assert sum(BASIC_KINDS.values()) == pytest.approx(1)
+    assert shares_off(rows, BASIC_KINDS) == []
+    assert shares_off(ROWS, BASIC_KINDS) != []
+    assert {row["messages"][0]["content"] for row in rows} == {tool_prompt(TOOLS)}
+    assert {len(row["messages"]) for row in rows} == {3, 5}
+    assert printed(capsys, "--seed", "4", "--basic") == rows[:15]
+    with pytest.raises(CommandError, match="--basic: its phrasings are for training only"):
+        main(["--basic", "--held-out"])
+
+
+def test_basic_phrasings_are_apart_from_all_others():
+    def families(basic: bool) -> set[str]:
+        made = Conversations(CORPUS, random.Random(0), False, basic)
+        for kind in BASIC_KINDS:
+            for _ in range(300):
+                getattr(made, kind)()
+        return made.families
+
+    registers = {
+        line["request"]: line.get("register", "")
+        for name in ("text_formatter", "template_generator", "content_validator_several")
+        for line in [*read_lines(name), *read_lines("no_tool_general")]
+    }
+    assert {registers[family] for family in families(True)} == {"basic"}
+    assert "basic" not in {registers.get(family, "") for family in families(False)}
+    assert 60 < len(families(True)) < 90

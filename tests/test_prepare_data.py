@@ -287,6 +287,7 @@ def test_prepare_keeps_files_of_the_same_inputs(tmp_path, capsys):
         {"eval_fraction": 0.2},
         {"max_eval_rows": 3},
         {"tool_rows": 1},
+        {"tool_phrasings": "basic"},
     ],
 )
 def test_input_hash_knows_what_decides(tmp_path, change):
