@@ -182,7 +182,7 @@ class Conversations:
                 return {"width": width, "indent": indent}
 
     def _format(self, phrasing: Phrasing, text: str) -> tuple[str, ToolCall]:
-        values, arguments = {"text": text}, {"text": text}
+        values, arguments = {"text": text}, Arguments(text=text)
         for name, value in (("width", self._texts.width()), ("indent", self._texts.indent())):
             if f"{{{name}}}" in phrasing.request:
                 values[name], arguments[name] = self._texts.number(value, phrasing), value
@@ -240,11 +240,11 @@ class Conversations:
         }
         while True:
             request, written, *_ = makers[after]()
-            call = parse_tool_call(written["content"])
-            assert call is not None
-            same = call.arguments.get("template_type") == change.get("template_type", "")
+            made = parse_tool_call(written["content"])
+            assert made is not None
+            same = made.arguments.get("template_type") == change.get("template_type", "")
             if not same and len(request["content"]) < MAX_FIRST_CHARACTERS:
-                return request["content"], call
+                return request["content"], made
 
     def _called(self, request: str, call: ToolCall, answered: bool = False) -> list[Message]:
         turns = [_user(request), _assistant(render_tool_call(call))]
@@ -277,7 +277,7 @@ def _assistant(content: str) -> Message:
 
 def _changed(call: ToolCall, change: dict[str, Any], meant: Arguments) -> ToolCall:
     """Give the call that a follow-up means."""
-    settings = {name: meant[name] for name in ("width", "indent") if name in change}
+    settings: Arguments = {name: meant[name] for name in ("width", "indent") if name in change}
     if "switch" in change:
         return ToolCall(change["switch"], {"text": call.arguments["text"], **settings})
     if "of" in change:
@@ -290,5 +290,7 @@ def _changed(call: ToolCall, change: dict[str, Any], meant: Arguments) -> ToolCa
     if "text" in change:
         return ToolCall(call.name, {**call.arguments, "text": meant["text"]})
     arguments = {**call.arguments, **settings}
-    ordered = {name: arguments[name] for name in ("text", "width", "indent") if name in arguments}
+    ordered: Arguments = {
+        name: arguments[name] for name in ("text", "width", "indent") if name in arguments
+    }
     return ToolCall(call.name, ordered)

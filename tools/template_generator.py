@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Literal, get_args
 
 from langchain_core.tools import ToolException, tool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from tools._errors import answer_errors, unknown_name
 
@@ -231,7 +231,9 @@ def fill_template(template_type: TemplateType, fields: dict[str, str] | None = N
     return f"{text}\n\nStill to fill in: {', '.join(missing)}" if missing else text
 
 
-_FIELD_NAMES = sorted({name for kind in _TEMPLATES for name in list_fields(kind)})
+_FIELD_NAMES: list[JsonValue] = [
+    *sorted({name for kind in _TEMPLATES for name in list_fields(kind)})
+]
 _FieldValue = Annotated[str, Field(max_length=10_000, json_schema_extra={"verbatim": True})]
 
 
