@@ -91,9 +91,7 @@ def _counting(collate: Any, collated: list[tuple[int, int]]) -> Any:
 
     def collate_and_count(rows: Any) -> Any:
         batch = collate(rows)
-        computed = batch["input_ids"].numel()
-        ours_or_padded = "starts_with" in batch or "attention_mask" in batch
-        collated.append((num_tokens(batch) if ours_or_padded else computed, computed))
+        collated.append((num_tokens(batch), batch["input_ids"].numel()))
         return batch
 
     return collate_and_count
@@ -189,8 +187,7 @@ def measure(contender: str, data: Path, steps: int, model: str) -> dict[str, flo
 
     Returns:
         Real tokens per second, shares of padding and of starts computed once, peak memory in GB (of
-        the process, or of the GPU),
-        and the loss of the last step.
+        the process, or of the GPU), and the loss of the last step.
     """
     from scripts.model_loading import import_backend
 

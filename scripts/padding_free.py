@@ -24,9 +24,7 @@ _SHORT_ROW = 320
 _CHECK_TOKENS = 48
 # A shorter common start is not worth a part of its own.
 _MIN_SHARED = 32
-# Batches of ever new sizes scatter the heap: glibc then searched a fifth of the training time for room.
-_ROUNDED_TO, _ROUNDED_FROM = 64, 512
-_NONE, _FILLER = -1, -2
+_NONE = -1
 Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]
 
@@ -63,8 +61,7 @@ def lay_end_to_end(rows: Sequence[Row]) -> Batch:
         ``input_ids``, ``labels`` and ``position_ids`` of shape (1, T), positions starting anew with
         each row; ``cu_seq_lens_q`` of shape (parts + 1,): where each part starts, and the end; and
         ``starts_with`` of shape (parts,): the part that a row's own tokens continue, or -1.
-        A part's first label is -100: what comes before it is not its own. A long batch ends in a
-        part that is no row (-2) and rounds T up.
+        A part's first label is -100: what comes before it is not its own.
     """
     parts: list[tuple[Row, int, int]] = []  # a row, and its tokens from and to
     starts_with = []
@@ -81,17 +78,10 @@ def lay_end_to_end(rows: Sequence[Row]) -> Batch:
         label for row, start, end in parts for label in (IGNORED, *row["labels"][start + 1 : end])
     ]
     lengths = [end - start for _, start, end in parts]
-    positions = [torch.arange(start, end) for _, start, end in parts]
-    if len(ids) > _ROUNDED_FROM and (missing := -len(ids) % _ROUNDED_TO):
-        ids += ids[:1] * missing
-        labels += [IGNORED] * missing
-        lengths.append(missing)
-        positions.append(torch.arange(missing))
-        starts_with.append(_FILLER)
     return {
         "input_ids": torch.tensor([ids]),
         "labels": torch.tensor([labels]),
-        "position_ids": torch.cat(positions)[None],
+        "position_ids": torch.cat([torch.arange(start, end) for _, start, end in parts])[None],
         "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         "starts_with": torch.tensor(starts_with),
     }
@@ -99,14 +89,20 @@ def lay_end_to_end(rows: Sequence[Row]) -> Batch:
 
 def _own_parts(batch: Batch) -> list[tuple[slice, slice]]:
     """Give each row of a batch laid end to end: the tokens it starts with, and its own."""
-    bounds, starts_with = batch["cu_seq_lens_q"].tolist(), batch["starts_with"].tolist()
+    bounds = batch["cu_seq_lens_q"].tolist()
     parts = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+    starts_with = _starts_with(batch.get("starts_with"), len(parts))
     shared = set(starts_with)
     return [
-        (parts[start] if start >= 0 else slice(0), part)
+        (slice(0) if start == _NONE else parts[start], part)
         for at, (start, part) in enumerate(zip(starts_with, parts, strict=True))
-        if at not in shared and start != _FILLER
+        if at not in shared
     ]
+
+
+def _starts_with(given: torch.Tensor | None, num_parts: int) -> list[int]:
+    """Read which part each one continues; a batch that others laid end to end shares nothing."""
+    return [_NONE] * num_parts if given is None else given.tolist()
 
 
 def _take_apart(batch: Batch) -> list[Row]:
@@ -155,14 +151,15 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
 
 def num_rows(batch: Batch) -> int:
     """Give the rows of a micro-batch, padded or laid end to end."""
-    return len(_own_parts(batch)) if "starts_with" in batch else len(batch["input_ids"])
+    return len(_own_parts(batch)) if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
 def num_tokens(batch: Batch) -> int:
     """Give the real tokens of a micro-batch's rows; a shared start counts for each of them."""
-    if "starts_with" in batch:
+    if "cu_seq_lens_q" in batch:
         return sum(part.stop - (part.start or 0) for row in _own_parts(batch) for part in row)
-    return int(batch["attention_mask"].sum())
+    mask = batch.get("attention_mask")  # packed rows have none
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def token_shares(real: float, computed: float) -> dict[str, float]:
@@ -230,11 +227,10 @@ def rows_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     cuts = cu_seq_lens_q.diff().tolist()
     queries, keys, values = (whole.split(cuts, dim=2) for whole in (query, key, value))
-    continued = [_NONE] * len(cuts) if starts_with is None else starts_with.tolist()
     parts = []
-    for at, start in enumerate(continued):
+    for at, start in enumerate(_starts_with(starts_with, len(cuts))):
         own_keys, own_values = keys[at], values[at]
-        if start >= 0:
+        if start != _NONE:
             own_keys = torch.cat((keys[start], own_keys), dim=2)
             own_values = torch.cat((values[start], own_values), dim=2)
         parts.append(_attend(queries[at], own_keys, own_values, scale, dropout))

@@ -306,6 +306,15 @@ def test_padded_batch_counts_its_real_tokens_and_one_piece_is_itself():
     assert batch["input_ids"].numel() == 18
 
 
+def test_batches_of_others_count_their_own_tokens_and_rows():
+    packed = {"input_ids": torch.ones(1, 20), "position_ids": torch.arange(20)[None]}
+    assert (padding_free.num_rows(packed), padding_free.num_tokens(packed)) == (1, 20)
+    starts = packed | {"cu_seq_lens_q": torch.tensor([0, 5, 20])}
+    assert (padding_free.num_rows(starts), padding_free.num_tokens(starts)) == (2, 20)
+    masked = packed | {"attention_mask": torch.tensor([[1] * 13 + [0] * 7])}
+    assert padding_free.num_tokens(masked) == 13
+
+
 class _LeakingModel(torch.nn.Module):
     """A model with its own mixing of tokens: every token sees the mean of all before it."""
 
@@ -372,20 +381,6 @@ def test_attention_that_ignores_where_rows_start_is_found(dropped, length, monke
     monkeypatch.setattr(LlamaModel, "forward", forgetful(LlamaModel.forward))
     assert enable_padding_free(model, rows, 30) == "its attention lets one row see another"
     assert model.config._attn_implementation == former
-
-
-def test_long_batch_is_rounded_up_by_what_is_no_row():
-    model, rows = make_model(adapter=True), make_rows(300, 250, 41)
-    padded = summed_gradients(model, [pad_right(rows, 0)])
-    assert enable_padding_free(model, encoded(rows), 300) is None
-    batch = lay_end_to_end(rows)
-    assert batch["input_ids"].shape == (1, 640)
-    assert (padding_free.num_rows(batch), padding_free.num_tokens(batch)) == (3, 591)
-    assert padding_free._take_apart(batch) == rows
-    assert distance(summed_gradients(model, [batch]), padded) < 1e-5
-    learned = batch | {"labels": torch.where(batch["labels"] == IGNORED, 1, batch["labels"])}
-    assert distance(summed_gradients(model, [learned]), padded) > 1e-2
-    assert lay_end_to_end(rows[:1])["input_ids"].shape == (1, 300)
 
 
 def test_rows_longer_than_the_sliding_window_stay_padded():
