@@ -114,7 +114,7 @@ def respond(
             whole reply.
         tools: Tools that may be called; none for plain answers.
         on_text: Gets the answer's text as it is decoded.
-        on_call: Gets each finished tool call.
+        on_call: Gets each tool call when it has ended.
         approve: Asked before each call; without it every call is run.
         dry_run: Do not run a call; it ends the reply.
 
@@ -157,12 +157,7 @@ def respond_steps(
             reply.text = turn.text
             reply.turns.append({"role": "assistant", "content": turn.text})
             return reply
-        if dry_run:
-            call = turn.call or ToolCall("")
-            reply.error = turn.error and f"error: the tool call is not whole: {turn.error}"
-            reply.tool_calls.append(CallRecord(call.name, call.arguments, error=reply.error))
-            return reply
-        record = _make_call(turn, tools, reply.tool_calls, approve)
+        record = _make_call(turn, tools, reply.tool_calls, approve, dry_run)
         if record is None:
             choice = NONE  # the same call again: the model has what it can get from it
             continue
@@ -171,7 +166,7 @@ def respond_steps(
             on_call(record)
         failures = sum(old.error is not None for old in reply.tool_calls)
         reply.error = record.error
-        if failures > 1 or reply.finish_reason != "stop":
+        if dry_run or failures > 1 or reply.finish_reason != "stop":
             return reply
         reply.turns += call_turns(record, None if turn.call else turn.text)
         calls_left -= 1
@@ -185,12 +180,15 @@ def _make_call(
     tools: Sequence[BaseTool],
     earlier: Sequence[CallRecord],
     approve: Callable[[ToolCall], bool] | None,
+    dry_run: bool,
 ) -> CallRecord | None:
     """Run a call, or say why not; None for one that was made before."""
     call = turn.call
     if call is None:
         reason = f"error: the tool call is not run: {turn.error}"
         return CallRecord("", {}, error=reason)
+    if dry_run:
+        return CallRecord(call.name, call.arguments)
     if any((old.name, old.arguments) == (call.name, call.arguments) for old in earlier):
         return None
     if approve is not None and not approve(call):

@@ -142,13 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(options: argparse.Namespace, n_sequences: int = 1) -> Session:
-    from integration.local_model import LocalModel
-
     session = open_session(options, n_sequences)
     session.dry_run = options.dry_run
-    # Only a GGUF is decoded under a grammar at all.
-    if isinstance(session.model, LocalModel):
-        session.model.free_calls = options.free_calls
+    session.settings.free_calls = options.free_calls
     return session
 
 

@@ -15,7 +15,7 @@ from langchain_core.tools import BaseTool
 
 from integration.decoding import Answer, Settings
 from integration.prompt import Message
-from tools.protocol import RESPONSE_END, ToolCall, ToolDefinition, system_with_tools
+from tools.protocol import RESPONSE_END, ToolCall, ToolDefinition
 
 T = TypeVar("T")
 Tool = BaseTool | ToolDefinition
@@ -122,15 +122,6 @@ class ChatBackend(Protocol):
         self, messages: Sequence[Message], settings: Settings, schema: dict[str, Any]
     ) -> Steps[Turn]:
         """Answer in JSON of a schema; ``text`` of the turn is the JSON."""
-
-
-def with_tool_list(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """Put the list of tools, if any, into the system turn."""
-    if not tools:
-        return list(messages)
-    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    body = messages[1:] if system is not None else messages
-    return [{"role": "system", "content": system_with_tools(system, tools)}, *body]
 
 
 def run(backend: ChatBackend, steps: Steps[T]) -> T:

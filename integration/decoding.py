@@ -36,7 +36,8 @@ def answer_room(prompt_tokens: int, max_tokens: int, n_ctx: int) -> int:
 class Settings:
     """How to decode: ``max_tokens`` in tokens, ``timeout_s`` in seconds (0 = none).
 
-    ``seed`` repeats an answer; without one it is drawn and recorded in the ``Answer``.
+    ``seed`` repeats an answer; without one it is drawn and recorded in the ``Answer``. With
+    ``free_calls`` no grammar holds a call, to see what the model does by itself.
     """
 
     max_tokens: int = 512
@@ -48,6 +49,7 @@ class Settings:
     stop: Sequence[str] = ()
     timeout_s: float = 0.0
     seed: int | None = None
+    free_calls: bool = False
 
     def deadline(self) -> float:
         """Give the ``time.monotonic()`` at which an answer that begins now has to end."""

@@ -22,7 +22,6 @@ from integration.backend import (
     T,
     Tool,
     Turn,
-    with_tool_list,
 )
 from integration.constraint import Constraint, call_grammar, json_grammar
 from integration.decoding import Answer, Settings, StopScanner, answer_room
@@ -30,7 +29,14 @@ from integration.engine import Engine
 from integration.prompt import ChatTemplate, Message
 from integration.sampler import Sampler
 from integration.template_check import check_template
-from tools.protocol import CALL_START, RESPONSE_END, RESPONSE_START, parse_tool_call
+from integration.text_answer import read_call
+from tools.protocol import (
+    CALL_START,
+    RESPONSE_END,
+    RESPONSE_START,
+    parse_tool_call,
+    with_tool_list,
+)
 
 _CALL_OVERHEAD_TOKENS = 256
 _MAX_PIECES = 256
@@ -46,14 +52,9 @@ class LocalModel:
         engine: The loaded file.
         template: Source of a chat template in place of the file's own; it writes a BOS only where the
             file wants one.
-
-    Attributes:
-        free_calls: Decode calls without the grammar, to measure what it is worth; one that is no call
-            then ends in a turn's ``error``.
     """
 
     def __init__(self, engine: Engine, template: str | None = None) -> None:
-        self.free_calls = False
         self.engine = engine
         self.name = engine.header.path.name
         self.lock = engine.lock
@@ -175,10 +176,11 @@ class LocalModel:
             settings.max_tokens, len(self.engine.tokenize(request)) + _CALL_OVERHEAD_TOKENS
         )
         limit = answer_room(len(feed.tokens), wanted, self.n_ctx)
-        if self.free_calls:
+        if settings.free_calls:
             exact = replace(settings, **EXACT, stop=())
             free = self._answer(feed, row, exact, limit, started, deadline, first)
-            turn = read_call((yield from _without_text(free)))
+            turn = yield from _without_text(free)
+            turn.call, turn.error = read_call(turn.text)
             if turn.call is None and turn.error is None:
                 yield turn.text
             return turn
@@ -330,15 +332,6 @@ def _without_text(steps: Steps[Turn]) -> Steps[Turn]:
     except StopIteration as end:
         turn: Turn = end.value
         return turn
-
-
-def read_call(turn: Turn) -> Turn:
-    """Read the call of a turn that was decoded freely; what only begins like one has an ``error``."""
-    try:
-        turn.call = parse_tool_call(turn.text)
-    except ValueError as error:
-        turn.error = str(error)
-    return turn
 
 
 def user_texts(messages: Sequence[Message]) -> str:

@@ -76,7 +76,7 @@ class Reading:
         self._call += text
         while (at := self._call.find(CALL_END, search_from)) >= 0:
             search_from = at + len(CALL_END)
-            call, failure = _parse(self._call[:search_from])
+            call, failure = read_call(self._call[:search_from])
             # Within a string the end is text of an argument.
             if call is None and failure and "Unterminated string" in failure:
                 continue
@@ -101,12 +101,12 @@ class Reading:
         if self._call is None:
             return Turn(self.answer.text, answer=self.answer)
         self.answer.text = self._call
-        call, failure = _parse(self._call)
+        call, failure = read_call(self._call)
         error = f"{failure}{met_limit(self.answer)}" if failure else None
         return Turn(self._call, call, error, self.answer)
 
 
-def _parse(text: str) -> tuple[ToolCall | None, str | None]:
+def read_call(text: str) -> tuple[ToolCall | None, str | None]:
     """Read a call; give it, or why it is none."""
     try:
         return parse_tool_call(text), None

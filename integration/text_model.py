@@ -18,10 +18,11 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 from integration._cli import CommandError
-from integration.backend import AUTO, NONE, REQUIRED, Steps, T, Tool, Turn, with_tool_list
+from integration.backend import AUTO, NONE, REQUIRED, Steps, T, Tool, Turn
 from integration.decoding import Answer, Settings, StopScanner
 from integration.prompt import Message
 from integration.text_answer import Reading, json_text, met_limit
+from tools.protocol import with_tool_list
 
 
 class TextModel:

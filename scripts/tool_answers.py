@@ -192,16 +192,6 @@ def _read_object(line: str) -> tuple[str, ToolAnswer]:
 # transformers ------------------------------------------------------------------------------------
 
 
-def prompt_messages(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Give a conversation the tool list as chat does: in its first system turn."""
-    from tools import TOOLS
-    from tools.protocol import system_with_tools
-
-    own = messages[0]["content"] if messages[0]["role"] == "system" else None
-    rest = messages[1:] if own is not None else messages
-    return [{"role": "system", "content": system_with_tools(own, TOOLS)}, *rest]
-
-
 def answer_with_transformers(
     recipe: TrainingRecipe, requests: Sequence[ToolRequest]
 ) -> dict[str, Answers]:
@@ -227,9 +217,11 @@ def generate_answers(
 ) -> Answers:
     """Decode answers greedily, requests of similar length side by side."""
     from scripts.render import encode_prompt
+    from tools import TOOLS
+    from tools.protocol import with_tool_list
 
     started = time.monotonic()
-    prompts = [encode_prompt(tokenizer, prompt_messages(one.messages)) for one in requests]
+    prompts = [encode_prompt(tokenizer, with_tool_list(one.messages, TOOLS)) for one in requests]
     texts: dict[int, str] = {}
     for batch in _batches(prompts):
         rooms = [_request_tokens(tokenizer, requests[at]) + CALL_TOKENS for at in batch]

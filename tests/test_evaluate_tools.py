@@ -15,14 +15,13 @@ from scripts.tool_answers import (
     Answers,
     ask_gguf,
     generate_answers,
-    prompt_messages,
     read_answer,
     read_requests,
     run_ask,
 )
 from scripts.tool_outcomes import Call, ToolAnswer, ToolRequest
 from tools import TOOLS
-from tools.protocol import tool_prompt
+from tools.protocol import tool_prompt, with_tool_list
 
 CALL = Call("text_formatter", {"text": "One two three", "width": 40})
 
@@ -309,8 +308,11 @@ def test_free_answers_are_read_as_chat_reads_them():
 
 def test_prompts_carry_the_tool_list_in_one_system_turn():
     user = {"role": "user", "content": "Hi"}
-    assert prompt_messages([user]) == [{"role": "system", "content": tool_prompt(TOOLS)}, user]
-    own = prompt_messages([{"role": "system", "content": "Be kind."}, user])
+    assert with_tool_list([user], TOOLS) == [
+        {"role": "system", "content": tool_prompt(TOOLS)},
+        user,
+    ]
+    own = with_tool_list([{"role": "system", "content": "Be kind."}, user], TOOLS)
     assert own == [{"role": "system", "content": f"Be kind.\n\n{tool_prompt(TOOLS)}"}, user]
 
 

@@ -6,14 +6,14 @@ import math
 import pytest
 
 from integration._cli import CONTEXT, MODEL, CommandError
-from integration.backend import AUTO, NONE, REQUIRED, run, with_tool_list
+from integration.backend import AUTO, NONE, REQUIRED, run
 from integration.decoding import Settings, StopScanner
 from integration.engine import Engine
 from integration.gguf_header import read_header
 from integration.local_model import LocalModel, user_texts
 from integration.models import load_gguf, load_model
 from tools import TOOLS
-from tools.protocol import ToolDefinition, render_tool_call, tool_prompt
+from tools.protocol import ToolDefinition, render_tool_call, tool_prompt, with_tool_list
 
 pytestmark = pytest.mark.model
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -218,9 +218,8 @@ def test_free_calls_are_what_the_model_wrote(model, monkeypatch, said, name, err
 
     monkeypatch.setattr(model.engine, "logits", eager)
     monkeypatch.setattr("integration.sampler.Sampler.sample", lambda *_: next(rest))
-    monkeypatch.setattr(model, "free_calls", True)
     pieces = []
-    stream = model.stream(model.turn(REQUEST, Settings(), TOOLS))
+    stream = model.stream(model.turn(REQUEST, Settings(free_calls=True), TOOLS))
     try:
         while True:
             pieces.append(next(stream))

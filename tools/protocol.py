@@ -79,6 +79,17 @@ def system_with_tools(system: str | None, tools: Sequence[BaseTool | ToolDefinit
     return "\n\n".join(filter(None, [system, tool_prompt(tools)]))
 
 
+def with_tool_list(
+    messages: Sequence[dict[str, str]], tools: Sequence[BaseTool | ToolDefinition]
+) -> list[dict[str, str]]:
+    """Put the list of tools, if any, into the system turn of a conversation."""
+    if not tools:
+        return list(messages)
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    body = messages[1:] if system is not None else messages
+    return [{"role": "system", "content": system_with_tools(system, tools)}, *body]
+
+
 def render_tool_call(call: ToolCall) -> str:
     """Write a call the way the model is to write it."""
     body = {"name": call.name, "arguments": call.arguments}
