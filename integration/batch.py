@@ -15,6 +15,8 @@ from integration.backend import Feed, Steps
 from integration.engine import Engine
 
 T = TypeVar("T")
+# Requests that are looked ahead at, for each sequence, for others of the adapter that is active.
+_WINDOW = 4
 
 
 @dataclass
@@ -70,44 +72,60 @@ def run_jobs(
         activate: Called with a group before its first job, while nothing else runs.
     """
     order: deque[Job[T]] = deque()
+    waiting: deque[Job[T]] = deque()
     running: list[_Running[T]] = []
-    pending: Job[T] | None = None
-    group, more = None, True
+    group: Any = None
+    more = True
+    window = _WINDOW * engine.n_sequences
     with engine.lock:
         try:
             while True:
                 while order and order[0].result is not None:
                     yield order.popleft()
-                while len(running) < engine.n_sequences:
-                    if pending is None and more:
-                        try:
-                            pending = take(not running and not order)
-                        except EOFError:
-                            more = False
-                        except BlockingIOError:
-                            break
-                        if pending is not None:
-                            order.append(pending)
-                    if pending is not None and pending.steps is None:
-                        pending = None
-                        continue
-                    if pending is None or (running and pending.group != group):
+                while more and len(waiting) < window:
+                    try:
+                        taken = take(not running and not order)
+                    except EOFError:
+                        more = False
                         break
+                    except BlockingIOError:
+                        break
+                    order.append(taken)
+                    if taken.steps is not None:
+                        waiting.append(taken)
+                    elif not running:
+                        break  # it has its result: out with it before anything is waited for
+                while waiting and len(running) < engine.n_sequences:
+                    job = _next(waiting, group, may_overtake=len(order) <= 2 * window)
+                    if job is None and running:
+                        break
+                    job = job or waiting[0]
                     if not running:
-                        group = pending.group
+                        group = job.group
                         activate(group)
-                    running.append(_start(engine, pending))
-                    pending = None
+                    waiting.remove(job)
+                    running.append(_start(engine, job))
                 running = _settle(engine, running)
                 if running:
                     _evaluate(engine, running)
                     running = _settle(engine, running)
-                elif not order and not more and pending is None:
+                elif not order and not more and not waiting:
                     return
         finally:
             for one in running:
                 one.steps.close()
                 engine.release_sequence(one.sequence)
+
+
+def _next(waiting: deque[Job[T]], group: Any, may_overtake: bool) -> Job[T] | None:
+    """Choose the first job of the group that is active, if need be past those of others.
+
+    So each adapter is switched to once for many requests; not without end, for answers leave in the
+    order of their requests.
+    """
+    if waiting[0].group == group:
+        return waiting[0]
+    return next((job for job in waiting if may_overtake and job.group == group), None)
 
 
 def _start(engine: Engine, job: Job[T]) -> _Running[T]:

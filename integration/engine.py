@@ -7,10 +7,7 @@ at once (llama.cpp then aborts), and forget which adapter a cached prefix was ev
 
 import ctypes
 import functools
-import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,25 +17,12 @@ import numpy as np
 from integration._cli import CONTEXT, MODEL, CommandError
 from integration.backend import Feed
 from integration.gguf_header import GgufHeader
-from integration.prefix_store import PrefixStore, file_identity
+from integration.kv_cache import CachedSequence, KvCache
+from integration.prefix_store import PrefixStore
 
 _N_BATCH = 512
 # Portions of a batch that are computed at once: at 512 a 135M model reads 10 % slower.
 _N_UBATCH = 256
-_MIN_SAVED_PREFIX = 64
-_MAX_STATES = 4
-_CONVERSATION, _MAX_CONVERSATION_BYTES = "-conversation", 1 << 28
-
-
-@dataclass
-class _Sequence:
-    """A sequence of the KV cache: the tokens it holds, and how many of them its prompt shared."""
-
-    number: int
-    ids: list[int] = field(default_factory=list)
-    shared: int = 0
-    busy: bool = False
-    last_use: int = 0
 
 
 class Engine:
@@ -103,15 +87,11 @@ class Engine:
         self.vocab = self._model.vocab
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_ctx = llama_cpp.llama_n_ctx_seq(self.context)
-        self._memory = llama_cpp.llama_get_memory(self.context)
+        self.cache = KvCache(llama_cpp, self.context, header.path, n_sequences, store)
         self._batch = _internals.LlamaBatch(
             n_tokens=params.n_batch, embd=0, n_seq_max=1, verbose=False
         )
         self._pieces: dict[int, bytes] = {}
-        self._sequences = [_Sequence(number) for number in range(n_sequences)]
-        self._clock = itertools.count(1)
-        self._store, self._adapter_key = store, ""
-        self._states: OrderedDict[str, np.ndarray] = OrderedDict()
 
     @property
     def context(self) -> Any:
@@ -121,7 +101,7 @@ class Engine:
     @property
     def n_sequences(self) -> int:
         """Sequences that can be evaluated side by side."""
-        return len(self._sequences)
+        return len(self.cache.sequences)
 
     def close(self) -> None:
         """Free the context and the model now instead of when the object dies."""
@@ -170,53 +150,52 @@ class Engine:
 
     def clear(self) -> None:
         """Forget every cached token: the next prompt is evaluated as in a new process."""
-        self._lib.llama_memory_clear(self._memory, True)
-        for sequence in self._sequences:
-            sequence.ids.clear()
+        self.cache.clear()
 
     def warm_up(self) -> None:
         """Evaluate one token and forget it: that reads the weights into memory."""
         with self.lock:
-            self._decode([(self._sequences[0], (0,))])
-            self.clear()
+            sequence = self.cache.take()
+            self.cache.cut(sequence, 0)
+            self._decode([(sequence, (0,))])
+            self.cache.cut(sequence, 0)
+            self.cache.release(sequence)
 
     def load_adapter(self, path: Path) -> Any:
         """Load a LoRA GGUF that has been checked; None when llama.cpp refuses it."""
         handle = self._lib.llama_adapter_lora_init(self._model.model, str(path).encode("utf-8"))
         return handle or None
 
-    def set_adapters(self, handles: Sequence[Any], key: str) -> bool:
-        """Make these the active adapters; keys and values depend on them, so the cache is cleared.
+    def free_adapter(self, handle: Any) -> None:
+        """Free an adapter that is not active."""
+        self._lib.llama_adapter_lora_free(handle)
+
+    def set_adapters(self, handles: Sequence[Any], weights: Sequence[float], key: str) -> None:
+        """Make these the active adapters, within microseconds.
+
+        What was evaluated with others stays in their own sequences, and is taken up when they return.
 
         Args:
             handles: What ``load_adapter`` gave; none for the plain base.
+            weights: Of each, on top of its own scale alpha / rank.
             key: Tells this set from any other, also in another process.
         """
         pointers = (self._lib.llama_adapter_lora_p_ctypes * len(handles))(*handles)
-        scales = (ctypes.c_float * len(handles))(*[1.0] * len(handles))
-        if self._lib.llama_set_adapters_lora(self.context, pointers, len(handles), scales) != 0:
-            return False
-        self._adapter_key = key
-        self.clear()
-        return True
+        scales = (ctypes.c_float * len(handles))(*weights)
+        self._lib.llama_set_adapters_lora(self.context, pointers, len(handles), scales)
+        self.cache.adapter_key = key
 
     def take_sequence(self) -> int:
-        """Reserve the idle sequence that was used last (its cache fits best); give its number.
+        """Reserve a sequence for the active adapters; give its number.
 
         Raises:
             RuntimeError: All are taken.
         """
-        idle = [sequence for sequence in self._sequences if not sequence.busy]
-        if not idle:
-            raise RuntimeError("every sequence is busy")
-        chosen = max(idle, key=lambda one: one.last_use)
-        chosen.busy = True
-        return chosen.number
+        return self.cache.take().number
 
     def release_sequence(self, number: int) -> None:
         """Let another conversation have a sequence; what it holds stays until then."""
-        self._sequences[number].busy = False
-        self._sequences[number].last_use = next(self._clock)
+        self.cache.release(self.cache.sequences[number])
 
     def evaluate(self, feeds: Sequence[tuple[int, Feed]]) -> list[int]:
         """Evaluate tokens of one or several sequences in one pass.
@@ -230,15 +209,18 @@ class Engine:
         Raises:
             CommandError: Exit 4; the context is full.
         """
-        if len(feeds) == 1 and feeds[0][1].is_prompt:
-            return [self._evaluate_prompt(self._sequences[feeds[0][0]], feeds[0][1])]
-        return self._decode([(self._sequences[number], feed.tokens) for number, feed in feeds])
+        parts = [(self.cache.sequences[number], feed) for number, feed in feeds]
+        for sequence, _ in parts:
+            self.cache.claim(sequence)
+        if len(parts) == 1 and parts[0][1].is_prompt:
+            return [self._evaluate_prompt(*parts[0])]
+        return self._decode([(sequence, feed.tokens) for sequence, feed in parts])
 
-    def _evaluate_prompt(self, sequence: _Sequence, feed: Feed) -> int:
+    def _evaluate_prompt(self, sequence: CachedSequence, feed: Feed) -> int:
         ids, shared = list(feed.tokens), min(feed.shared, len(feed.tokens) - 1)
         sequence.shared = shared
         if feed.continues and _common(sequence.ids, ids) < shared:
-            self._recall(sequence, ids[:shared])
+            self.cache.recall(sequence, ids[:shared])
         reused = _common(sequence.ids, ids)
         if not feed.continues or reused < shared:
             # At the same place every time: how a prompt is cut changes its rounding, and with it
@@ -246,103 +228,21 @@ class Engine:
             reused = shared if reused >= shared else 0
         reused = min(reused, len(ids) - 1)
         if shared > reused:
-            self._provide_prefix(sequence, ids[:shared])
+            if not self.cache.restore_prefix(sequence, ids[:shared]):
+                self._evaluate_rest(sequence, ids[:shared])
+                self.cache.keep_prefix(sequence)
             reused = shared
         else:
-            self._cut(sequence, reused)
+            self.cache.cut(sequence, reused)
         return self._evaluate_rest(sequence, ids[reused:])
 
-    def _evaluate_rest(self, sequence: _Sequence, tokens: Sequence[int]) -> int:
+    def _evaluate_rest(self, sequence: CachedSequence, tokens: Sequence[int]) -> int:
         rows = [0]
         for start in range(0, len(tokens), self.params.n_batch):
             rows = self._decode([(sequence, tokens[start : start + self.params.n_batch])])
         return rows[0]
 
-    def _provide_prefix(self, sequence: _Sequence, ids: list[int]) -> None:
-        """Let a sequence hold a shared prefix: restored, or evaluated and saved."""
-        self._cut(sequence, 0)
-        key = self._prefix_key(ids) if len(ids) >= _MIN_SAVED_PREFIX else None
-        state = self._states.get(key) if key else None
-        if state is None and key and self._store is not None:
-            state = self._store.load(key)
-        if state is not None and self._restore(sequence, state):
-            sequence.ids = list(ids)
-        else:
-            self._evaluate_rest(sequence, ids)
-            if key is None:
-                return
-            state = self._state(sequence)
-            if self._store is not None:
-                self._store.save(key, state)
-        if key and self.n_sequences > 1:
-            self._states[key] = state
-            if len(self._states) > _MAX_STATES:
-                self._states.popitem(last=False)
-
-    def remember(self) -> None:
-        """Keep the conversations that are cached for the next process, the last one of each prefix."""
-        if self._store is None:
-            return
-        for sequence in self._sequences:
-            if sequence.shared >= _MIN_SAVED_PREFIX and len(sequence.ids) > sequence.shared:
-                state = self._state(sequence)
-                if state.size <= _MAX_CONVERSATION_BYTES:
-                    ids = np.array([len(sequence.ids), *sequence.ids], np.int32)
-                    key = self._prefix_key(sequence.ids[: sequence.shared])
-                    self._store.save(
-                        key + _CONVERSATION, np.concatenate([ids.view(np.uint8), state])
-                    )
-
-    def _recall(self, sequence: _Sequence, prefix: list[int]) -> None:
-        """Take up the conversation that another process had behind this prefix, if there is one."""
-        if self._store is None or len(prefix) < _MIN_SAVED_PREFIX:
-            return
-        data = self._store.load(self._prefix_key(prefix) + _CONVERSATION)
-        if data is None:
-            return
-        size = 4 * (1 + int(data[:4].view(np.int32)[0]))
-        self._cut(sequence, 0)
-        if self._restore(sequence, data[size:]):
-            sequence.ids = data[4:size].view(np.int32).tolist()
-
-    @functools.cached_property
-    def _identity(self) -> str:
-        return file_identity(self.header.path)
-
-    def _prefix_key(self, ids: list[int]) -> str:
-        # Rendered with the template already, the ids stand for it, the system prompt and the tools.
-        return PrefixStore.key(
-            self._lib.__version__,
-            self._identity,
-            self._adapter_key,
-            np.array(ids, np.int32).tobytes(),
-        )
-
-    def _state(self, sequence: _Sequence) -> np.ndarray:
-        size = self._lib.llama_state_seq_get_size(self.context, sequence.number)
-        state = np.empty(size, np.uint8)
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        self._lib.llama_state_seq_get_data(self.context, pointer, size, sequence.number)
-        return state
-
-    def _restore(self, sequence: _Sequence, state: np.ndarray) -> bool:
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        read = self._lib.llama_state_seq_set_data(
-            self.context, pointer, state.size, sequence.number
-        )
-        if read == 0:
-            self._cut(sequence, 0)
-        return bool(read)
-
-    def _cut(self, sequence: _Sequence, size: int) -> None:
-        """Keep the first ``size`` tokens of a sequence, and whatever was evaluated unrecorded not."""
-        if size and not self._lib.llama_memory_seq_rm(self._memory, sequence.number, size, -1):
-            size = 0  # a recurrent model cannot go back
-        if not size:
-            self._lib.llama_memory_seq_rm(self._memory, sequence.number, -1, -1)
-        del sequence.ids[size:]
-
-    def _decode(self, parts: Sequence[tuple[_Sequence, Sequence[int]]]) -> list[int]:
+    def _decode(self, parts: Sequence[tuple[CachedSequence, Sequence[int]]]) -> list[int]:
         batch, rows, at = self._batch.batch, [], 0
         for sequence, tokens in parts:
             for position, token in enumerate(tokens, len(sequence.ids)):
@@ -356,7 +256,7 @@ class Engine:
         code = self._lib.llama_decode(self.context, batch)
         if code != 0:
             for sequence, _ in parts:
-                self._cut(sequence, len(sequence.ids))
+                self.cache.cut(sequence, len(sequence.ids))
             raise CommandError(
                 f"llama.cpp could not evaluate {at} more tokens (code {code}) in a context of "
                 f"{self.n_ctx}; shorten the conversation, or give a larger --n-ctx",

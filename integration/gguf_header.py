@@ -4,9 +4,10 @@ llama.cpp can abort the process on a broken file, so every file passes here firs
 specification of the ggml project (docs/gguf.md), version 2 and 3, little-endian.
 """
 
+import math
 import mmap
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_STRING, _ARRAY = 8, 9
+FLOAT32, STRING, _ARRAY = 6, 8, 9
 _MAX_COUNT = 1 << 24
 _MAX_DIMENSIONS = 4
+_MAKERS = {"model": "make demo", "adapter": "python -m export.export_lora_gguf"}
 # ggml type: (weights in a block, bytes of a block), from ggml's type table.
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
@@ -40,18 +42,41 @@ _BLOCKS = {
 
 
 @dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        shape: In GGUF's order, the fastest dimension first: a matrix is (in, out).
+        kind: Its ggml type.
+        offset: Its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size; 0 for a type that is not known here."""
+        block_weights, block_bytes = _BLOCKS.get(self.kind, (1, 0))
+        return math.prod(self.shape) // block_weights * block_bytes
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF says of itself.
 
     Attributes:
         path: The file.
         metadata: Scalars and strings; of an array only its length, under ``<key>.length``.
-        tensor_names: Names of the tensors.
+        kinds: GGUF's type of each value of ``metadata``.
+        tensors: What the file holds, by name.
     """
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
-    tensor_names: frozenset[str] = frozenset()
+    kinds: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -99,7 +124,7 @@ class _Reader:
 
     def skip_array(self) -> int:
         kind, length = self.scalar("I"), self.count()
-        if kind == _STRING:
+        if kind == STRING:
             for _ in range(length):
                 self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
                 if self.at > len(self.data):
@@ -111,11 +136,13 @@ class _Reader:
         return length
 
 
-def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
+def _read_metadata(reader: _Reader, count: int) -> tuple[dict[str, Any], dict[str, int]]:
     metadata: dict[str, Any] = {}
+    kinds: dict[str, int] = {}
     for _ in range(count):
         key, kind = reader.string(), reader.scalar("I")
-        if kind == _STRING:
+        kinds[key] = kind
+        if kind == STRING:
             metadata[key] = reader.string()
         elif kind == _ARRAY:
             metadata[f"{key}.length"] = reader.skip_array()
@@ -123,44 +150,44 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
             metadata[key] = reader.scalar(_SCALARS[kind])
         else:
             raise ValueError(f"metadata '{key}' has unknown type {kind}")
-    return metadata
+    return metadata, kinds
 
 
-def _read_tensors(reader: _Reader, count: int) -> tuple[frozenset[str], int]:
-    """Read the tensor list: names, and the offset in the data part at which the last one ends."""
-    end = 0
-    names = []
+def _read_tensors(reader: _Reader, count: int) -> dict[str, TensorEntry]:
+    """Read the tensor list; offsets are those in the data part."""
+    tensors = {}
     for _ in range(count):
-        names.append(reader.string())
+        name = reader.string()
         num_dimensions = reader.scalar("I")
         if num_dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {num_dimensions} dimensions")
-        weights = 1
-        for _ in range(num_dimensions):
-            weights *= reader.scalar("Q")
-        kind, offset = reader.scalar("I"), reader.scalar("Q")
-        block_weights, block_bytes = _BLOCKS.get(kind, (1, 0))
-        end = max(end, offset + weights // block_weights * block_bytes)
-    return frozenset(names), end
+        shape = tuple(reader.scalar("Q") for _ in range(num_dimensions))
+        tensors[name] = TensorEntry(shape, reader.scalar("I"), reader.scalar("Q"))
+    return tensors
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, what: str = "model") -> GgufHeader:
     """Read and check a GGUF's header.
+
+    Args:
+        path: The file.
+        what: What errors call it.
 
     Raises:
         CommandError: Exit 3; the file is missing, empty, no GGUF, damaged or truncated.
     """
     if not path.is_file():
         raise CommandError(
-            f"model '{path}' does not exist; expected a .gguf file; make one with make demo", MODEL
+            f"{what} '{path}' does not exist; expected a .gguf file; make one with {_MAKERS[what]}",
+            MODEL,
         )
     size = path.stat().st_size
     if size == 0:
-        raise CommandError(f"model '{path}' is empty; expected a GGUF; export it again", MODEL)
+        raise CommandError(f"{what} '{path}' is empty; expected a GGUF; export it again", MODEL)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != _MAGIC:
             raise CommandError(
-                f"model '{path}' is no GGUF: it begins with {bytes(data[:4])!r}, expected {_MAGIC!r}; "
+                f"{what} '{path}' is no GGUF: it begins with {bytes(data[:4])!r}, expected {_MAGIC!r}; "
                 "name a file made by export.export_gguf or llama.cpp",
                 MODEL,
             )
@@ -171,18 +198,24 @@ def read_header(path: Path) -> GgufHeader:
             if version not in (2, 3):
                 raise ValueError(f"version {version}, expected 2 or 3")
             tensor_count, metadata_count = reader.count(), reader.count()
-            metadata = _read_metadata(reader, metadata_count)
-            names, end = _read_tensors(reader, tensor_count)
+            metadata, kinds = _read_metadata(reader, metadata_count)
+            entries = _read_tensors(reader, tensor_count)
         except (struct.error, ValueError) as error:
             raise CommandError(
-                f"model '{path}' has a damaged header ({error}); copy or export it again", MODEL
+                f"{what} '{path}' has a damaged header ({error}); copy or export it again", MODEL
             ) from error
         alignment = int(metadata.get("general.alignment", 32)) or 32
-        expected = -(-reader.at // alignment) * alignment + end
+        start = -(-reader.at // alignment) * alignment
+        tensors = {
+            name: replace(entry, offset=start + entry.offset) for name, entry in entries.items()
+        }
+        expected = max(
+            (entry.offset + entry.num_bytes for entry in tensors.values()), default=start
+        )
     if size < expected:
         raise CommandError(
-            f"model '{path}' is truncated: got {size} bytes, expected {expected}; copy or export it "
+            f"{what} '{path}' is truncated: got {size} bytes, expected {expected}; copy or export it "
             "again",
             MODEL,
         )
-    return GgufHeader(path, metadata, names)
+    return GgufHeader(path, metadata, kinds, tensors)

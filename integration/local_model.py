@@ -96,7 +96,7 @@ class LocalModel:
     def remember(self) -> None:
         """Keep the evaluated conversation on disk: whoever goes on with it reads only what is new."""
         with self.lock:
-            self.engine.remember()
+            self.engine.cache.remember()
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Give the prompt's token ids for a conversation, up to the assistant's turn."""

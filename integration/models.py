@@ -60,7 +60,7 @@ def load_gguf(
             "NAME=FILE beside its base",
             MODEL,
         )
-    if not header.architecture or not header.tensor_names:
+    if not header.architecture or not header.tensors:
         raise CommandError(f"model '{path}' holds no model weights; export it again", MODEL)
     source = load_template(template) if template else None
     engine = Engine(

@@ -1,5 +1,6 @@
 """Several requests side by side: in order, each on its own sequence, one failing alone."""
 
+from itertools import groupby
 from threading import RLock
 
 import pytest
@@ -107,8 +108,14 @@ def test_groups_are_not_mixed():
 
 def test_leaving_early_gives_everything_back():
     engine = FakeEngine(2)
-    jobs = iter([Job(steps("a", 1)), Job(steps("b", 50)), Job(steps("c", 50))])
-    running = run_jobs(engine, lambda wait: next(jobs), lambda group: None)
+    jobs = [Job(steps("a", 1)), Job(steps("b", 50)), Job(steps("c", 50))]
+
+    def take(wait: bool) -> Job:
+        if not jobs:
+            raise EOFError
+        return jobs.pop(0)
+
+    running = run_jobs(engine, take, lambda group: None)
     assert next(running).result == "a done"
     running.close()
     assert sorted(engine.free) == [0, 1]
@@ -121,3 +128,16 @@ def test_programming_errors_are_not_swallowed():
 
     with pytest.raises(ZeroDivisionError):
         run(FakeEngine(1), Job(broken()))
+
+
+def test_jobs_of_the_active_group_overtake_others_and_answers_stay_in_order():
+    jobs = [Job(steps(str(at), 3), group=at % 2) for at in range(8)]
+    assert run(FakeEngine(2), *jobs) == [f"{at} done" for at in range(8)]
+    assert [group for group, _ in groupby(run.activated)] == [0, 1]
+
+
+def test_nobody_is_overtaken_without_end():
+    jobs = [Job(steps("other", 1), group="b"), *[Job(steps("x", 1), group="a") for _ in range(80)]]
+    jobs.insert(0, Job(steps("first", 1), group="a"))
+    assert run(FakeEngine(1), *jobs)[:2] == ["first done", "other done"]
+    assert [group for group, _ in groupby(run.activated)] == ["a", "b", "a"]

@@ -52,7 +52,7 @@ def count_evaluated(engine, monkeypatch) -> list[int]:
 def test_shared_prefix_is_not_evaluated_again_and_changes_nothing(engine, monkeypatch):
     """Trap 23: a greedy answer that changes with what is in the cache."""
     engine.clear()
-    engine._states.clear()
+    engine.cache._states.clear()
     cold = logits(engine, prompt(SHARED, QUESTION))
     logits(engine, prompt(SHARED, OTHER))
     counts = count_evaluated(engine, monkeypatch)
@@ -112,7 +112,7 @@ def test_prefix_comes_from_disk_in_another_process(header, tmp_path, monkeypatch
     assert sum(counts) == len(QUESTION)
     # Another adapter, or a damaged file: evaluated anew, never restored.
     second.clear()
-    second._adapter_key = "another"
+    second.cache.adapter_key = "another"
     assert np.array_equal(logits(second, prompt(SHARED, QUESTION)), cold)
     assert sum(counts) == 2 * len(QUESTION) + len(SHARED)
     assert len(list(store.folder.iterdir())) == 2
@@ -120,7 +120,7 @@ def test_prefix_comes_from_disk_in_another_process(header, tmp_path, monkeypatch
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     second.clear()
-    second._adapter_key = ""
+    second.cache.adapter_key = ""
     assert np.array_equal(logits(second, prompt(SHARED, QUESTION)), cold)
     assert sum(counts) == 3 * len(QUESTION) + 2 * len(SHARED)
     assert "is damaged and is evaluated anew" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_conversation_comes_from_disk_when_it_was_kept(header, tmp_path, monkeyp
     first = Engine(header, 256, 1, store=store)
     logits(first, prompt(SHARED, QUESTION))
     warm = logits(first, prompt(SHARED, QUESTION, OTHER, continues=True))
-    first.remember()
+    first.cache.remember()
     second = Engine(header, 256, 1, store=store)
     counts = count_evaluated(second, monkeypatch)
     following = prompt(SHARED, QUESTION, OTHER, [7, 8], continues=True)

@@ -32,7 +32,7 @@ def write(tmp_path, data: bytes):
 
 def test_whole_file_is_read(tmp_path):
     header = read_header(write(tmp_path, tiny_gguf()))
-    assert (header.architecture, len(header.tensor_names)) == ("llama", 1)
+    assert (header.architecture, len(header.tensors)) == ("llama", 1)
     assert header.metadata["tokenizer.ggml.tokens.length"] == 2
     assert not header.is_adapter
 

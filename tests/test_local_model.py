@@ -57,9 +57,9 @@ def test_stream_that_is_left_gives_the_model_back(model):
     """Case 14: an answer nobody waits for holds neither lock nor sequence."""
     stream = model.stream(model.turn(HELLO, GREEDY))
     next(stream)
-    assert all(sequence.busy for sequence in model.engine._sequences)
+    assert all(sequence.busy for sequence in model.engine.cache.sequences)
     stream.close()
-    assert not any(sequence.busy for sequence in model.engine._sequences)
+    assert not any(sequence.busy for sequence in model.engine.cache.sequences)
     assert turn(model).text
 
 
