@@ -11,7 +11,7 @@ from pathlib import Path
 
 from export._cli import USAGE, CommandError
 from export.adapter_files import Adapter, read_adapter
-from export.base_model import BaseModel, check_provenance, load_base
+from export.base_model import BaseModel, check_provenance, load_base, open_base
 from export.merged_weights import MergedModel, plan_weights
 from export.tokenizer_files import tokenizer_sources
 
@@ -21,7 +21,8 @@ class Inputs:
     """Checked inputs of an export.
 
     Attributes:
-        adapters: Each with its weight; the first one is the run's, and brings the tokenizer.
+        adapters: Each with its weight; the first one is the run's, and brings the tokenizer. None
+            for the plain base.
         tokenizer: Where each tokenizer file comes from.
         model: What the merged weights are made of.
     """
@@ -64,6 +65,17 @@ def open_inputs(
         adapters.append((other, share))
     model = plan_weights(base, adapters)
     return Inputs(tuple(adapters), base, tokenizer_sources(adapter_dir, base.path), model)
+
+
+def open_base_inputs(name: str) -> Inputs:
+    """Read a base that is exported as it is, with its own tokenizer.
+
+    Raises:
+        CommandError: Exit 3: see `open_base`.
+    """
+    base = open_base(name)
+    tokenizer = tokenizer_sources(base.path, base.path)
+    return Inputs((), base, tokenizer, plan_weights(base, []))
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:

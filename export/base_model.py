@@ -1,6 +1,6 @@
-"""Find the 16-bit base model of an adapter, and prove that the two belong together.
+"""Find a 16-bit base model, and prove that an adapter belongs to it.
 
-In: the base's name or folder, an adapter. Out: a `BaseModel`: folder, tensor index, fingerprint.
+In: the base's name or folder, perhaps an adapter. Out: a `BaseModel`: folder, tensor index, fingerprint.
 """
 
 import hashlib
@@ -22,6 +22,8 @@ _BNB_SUFFIX = re.compile(r"(-unsloth)?-bnb-4bit$")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
+# How a command that reads an adapter is told of another base.
+_OPTION = ": --base DIR"
 _BIT_TYPES = {"U8", "I8", "F8_E4M3", "F8_E5M2"}
 
 
@@ -62,22 +64,42 @@ def load_base(adapter: Adapter, override: Path | None = None) -> BaseModel:
         CommandError: Exit 3: the base is missing, quantized, damaged, or another one.
     """
     name = adapter.config.base_name
-    model_dir = _resolve_dir(name, adapter.config.base_revision, override)
+    base = _read_base(_resolve_dir(name, adapter.config.base_revision, override), name)
+    check_provenance(adapter, base)
+    return base
+
+
+def open_base(name: str) -> BaseModel:
+    """Read a base without an adapter: a folder, or a model of the hub.
+
+    Raises:
+        CommandError: Exit 3: the base is missing, quantized, damaged, or an adapter.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise CommandError(
+            f"'{name}' is an adapter, expected a base model; merge it into its base: python -m "
+            f"export.export_gguf {name} --output DIR",
+            MODEL,
+        )
+    return _read_base(_resolve_dir(name, None, None, option=""), name, option="")
+
+
+def _read_base(model_dir: Path, name: str, option: str = _OPTION) -> BaseModel:
     config = read_json(model_dir / "config.json")
     tensors = read_tensor_index(model_dir)
-    _refuse_quantized(model_dir, config, tensors)
-    base = BaseModel(
+    _refuse_quantized(model_dir, config, tensors, option)
+    return BaseModel(
         model_dir,
         public_name(model_dir, _BNB_SUFFIX.sub("", name), read_card(model_dir)),
         config,
         tensors,
         base_fingerprint(model_dir),
     )
-    check_provenance(adapter, base)
-    return base
 
 
-def _resolve_dir(name: str, revision: str | None, override: Path | None) -> Path:
+def _resolve_dir(
+    name: str, revision: str | None, override: Path | None, option: str = _OPTION
+) -> Path:
     if override is not None:
         if not (override / "config.json").is_file():
             raise CommandError(f"--base '{override}' has no config.json; expected a model", MODEL)
@@ -92,17 +114,17 @@ def _resolve_dir(name: str, revision: str | None, override: Path | None) -> Path
         hint = "; write it: python -m scripts.default_model" if "SmolLM2-135M" in name else ""
         raise CommandError(
             f"base model '{name}' does not exist (seen from {Path.cwd()}){hint}; "
-            "or name another place: --base DIR",
+            f"or name another place{option}",
             MODEL,
         )
     hub_name = _BNB_SUFFIX.sub("", name)
     if hub_name != name:
         log(f"base: '{name}' is quantized, taking the 16-bit weights of '{hub_name}'")
         revision = None
-    return _download(hub_name, revision)
+    return _download(hub_name, revision, option)
 
 
-def _download(hub_name: str, revision: str | None) -> Path:
+def _download(hub_name: str, revision: str | None, option: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
@@ -120,7 +142,7 @@ def _download(hub_name: str, revision: str | None) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CommandError(
             f"base model '{hub_name}' is no local folder and cannot be had from the hub "
-            f"({reason}); put the 16-bit weights in a folder and name it: --base DIR",
+            f"({reason}); put the 16-bit weights in a folder and name it{option}",
             MODEL,
         ) from error
     return Path(folder)
@@ -167,15 +189,15 @@ def read_tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
 
 
 def _refuse_quantized(
-    model_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    model_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], option: str
 ) -> None:
     quantized = [name for name, info in tensors.items() if info.dtype in _BIT_TYPES]
     method = (config.get("quantization_config") or {}).get("quant_method", "?")
     if config.get("quantization_config") or quantized:
         found = f"quantization_config ({method})" if not quantized else f"packed '{quantized[0]}'"
         raise CommandError(
-            f"base model '{model_dir}' is quantized: {found}; a merge into it would round twice. "
-            "Name the 16-bit model it was made from: --base DIR",
+            f"base model '{model_dir}' is quantized: {found}; what is made of it would be rounded "
+            f"twice. Name the 16-bit model it was made from{option}",
             MODEL,
         )
 

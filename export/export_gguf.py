@@ -43,10 +43,31 @@ CERTIFICATE_NAME = "certificate.json"
 def export_gguf(
     plan: Plan, *, request: ImatrixRequest | None = None, n_threads: int = 0
 ) -> list[Path]:
-    """Build the files that are asked for and not there yet; give the paths of all of them.
+    """Build the files that are asked for and not there yet, with card and Modelfile.
 
     Args:
         plan: See `make_plan`.
+        request: Where an importance matrix comes from, for the types that use one.
+        n_threads: 0 = all cores.
+
+    Returns:
+        The paths of all files asked for.
+
+    Raises:
+        CommandError: As `build_missing`.
+    """
+    paths = build_missing(plan, request=request, n_threads=n_threads)
+    write_companions(plan)
+    return paths
+
+
+def build_missing(
+    plan: Plan, *, request: ImatrixRequest | None = None, n_threads: int = 0
+) -> list[Path]:
+    """Build the files that are asked for and not there yet; give the paths of all of them.
+
+    Args:
+        plan: See `make_plan` and `make_base_plan`.
         request: Where an importance matrix comes from, for the types that use one.
         n_threads: 0 = all cores.
 
@@ -69,7 +90,7 @@ def export_gguf(
         if weighted and request is not None:
             plan.imatrix = ensure_imatrix(plan, request, temporary_dir, n_threads)
             _build(plan, weighted, temporary_dir, n_threads)
-    write_companions(plan)
+    plan.save_record()
     return [plan.path_of(type_name) for type_name in plan.wanted]
 
 
@@ -79,10 +100,11 @@ def _build(plan: Plan, types: Sequence[str], temporary_dir: Path, n_threads: int
     started = time.monotonic()
     files = {name: temporary_dir / plan.path_of(name).name for name in types}
     hashes = write_files(plan.inputs, plan.metadata, files, plan.imatrix_path, n_threads)
+    adapted = len(plan.inputs.model.adapted)
+    checked = f" ({adapted} adapted weights, each one checked)" if plan.inputs.adapters else ""
     log(
         f"wrote {', '.join(types)} in {time.monotonic() - started:.1f} s, in one pass over "
-        f"{plan.inputs.base.name} ({len(plan.inputs.model.adapted)} adapted weights, each one "
-        "checked)"
+        f"{plan.inputs.base.name}{checked}"
     )
     for type_name, path in files.items():
         _publish(plan, type_name, path, hashes[type_name])
@@ -113,7 +135,6 @@ def _publish(plan: Plan, type_name: str, made: Path, sha256: str) -> None:
 
 def write_companions(plan: Plan) -> None:
     """Write card and Modelfile about the files of these inputs; point out the others."""
-    plan.save_record()
     current = plan.current
     for name in plan.record.keys() - current.keys():
         if (plan.output_dir / name).is_file():
@@ -190,6 +211,7 @@ def export_close_enough(
         plan.wanted = [chosen]
         plan.check_free(plan.wanted)
         _publish(plan, chosen, *made[chosen])
+    plan.save_record()
     write_companions(plan)
     return [plan.path_of(chosen)]
 

@@ -1,7 +1,7 @@
 """What an export must do: which files are asked for, which are there, what they are made from.
 
-In: adapters, their base, the folder of an earlier export. Out: a `Plan`, checked before the first
-byte is written.
+In: adapters and their base, or a base alone; the folder of an earlier export. Out: a `Plan`, checked
+before the first byte is written.
 """
 
 import hashlib
@@ -18,16 +18,18 @@ from export._files import sha256_file, sha256_of, write_json
 from export.adapter_files import WEIGHTS_NAME
 from export.adapter_options import Inputs
 from export.base_model import read_json
-from export.gguf_metadata import MetadataValue, gguf_metadata
+from export.gguf_metadata import MetadataValue, base_metadata, gguf_metadata
 from export.imatrix_file import Imatrix
 from export.lora_config import CONFIG_NAME
-from export.naming import VERSION, export_file_name, file_prefix
-from export.run_facts import RunFacts, read_run_facts
+from export.naming import VERSION, export_file_name, file_prefix, plain_name
+from export.run_facts import RunFacts, read_base_facts, read_run_facts
 from export.type_plan import UNWEIGHTED_TYPES
 
 # Raise it whenever the same inputs give other files: older exports are then built again.
 FORMAT_VERSION = 2
 RECORD_NAME = "export.json"
+# Of a plain base: in one folder with a run's files, it must not pass for one of them.
+BASE_RECORD_NAME = "export_base.json"
 
 
 @dataclass
@@ -37,11 +39,13 @@ class Plan:
     Attributes:
         prefix: First part of the file names.
         metadata: What each file says about where it comes from.
-        record: What `export.json` says, by file name; grows as files are written.
+        record_path: The file `export.json`.
+        record: What it says, by file name; grows as files are written.
         wanted: The types asked for.
         imatrix: The importance matrix to use, once there is one.
         imatrix_inputs: Identifies what the matrix is computed from; empty without one.
         imatrix_record: What `export.json` says about the matrix computed for it.
+        built: The types that this run wrote.
     """
 
     prefix: str
@@ -49,6 +53,7 @@ class Plan:
     inputs: Inputs
     facts: RunFacts
     metadata: list[tuple[str, MetadataValue]]
+    record_path: Path
     record: dict[str, Any]
     wanted: list[str]
     overwrite: bool = False
@@ -106,7 +111,7 @@ class Plan:
         }
         if self.imatrix_record:
             content["imatrix"] = self.imatrix_record
-        write_json(self.output_dir / RECORD_NAME, content)
+        write_json(self.record_path, content)
 
     @property
     def current(self) -> dict[str, Any]:
@@ -153,10 +158,7 @@ def make_plan(
         CommandError: Exit 2: a bad name or version, or a file of ours to be is somebody else's.
             Exit 3: a record that cannot be read.
     """
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise CommandError(
-            f"--name '{name}' is no file name; expected letters, digits, '.', '_', '-'", USAGE
-        )
+    _check_name(name)
     if not re.fullmatch(r"v?\d+(\.\d+)*", version):
         raise CommandError(f"--version '{version}'; expected numbers and dots: 1.0", USAGE)
     facts = read_run_facts(inputs.adapter.path, inputs.base)
@@ -168,14 +170,14 @@ def make_plan(
         adapter_sha256=sha256_file(inputs.adapter.path / WEIGHTS_NAME),
     )
     prefix = name or file_prefix(facts.base_name, facts.num_weights, facts.run_name, version)
-    record_path = output_dir / RECORD_NAME
-    content = read_json(record_path) if record_path.is_file() else {}
+    content = _read_record(output_dir / RECORD_NAME)
     plan = Plan(
         prefix,
         output_dir,
         inputs,
         facts,
         metadata,
+        output_dir / RECORD_NAME,
         content.get("files", {}),
         list(types),
         overwrite,
@@ -183,3 +185,46 @@ def make_plan(
     )
     plan.check_free(types)
     return plan
+
+
+def make_base_plan(
+    inputs: Inputs,
+    output_dir: Path,
+    types: Sequence[str],
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """Plan the export of a base as it is; see `open_base_inputs`.
+
+    Raises:
+        CommandError: As `make_plan`.
+    """
+    _check_name(name)
+    facts = read_base_facts(inputs.base)
+    content = _read_record(output_dir / BASE_RECORD_NAME)
+    plan = Plan(
+        name or plain_name(facts.base_name, facts.num_weights).prefix,
+        output_dir,
+        inputs,
+        facts,
+        base_metadata(facts, name=name, base_fingerprint=inputs.base.fingerprint),
+        output_dir / BASE_RECORD_NAME,
+        content.get("files", {}),
+        list(types),
+        overwrite,
+        imatrix_record=content.get("imatrix", {}),
+    )
+    plan.check_free(types)
+    return plan
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise CommandError(
+            f"--name '{name}' is no file name; expected letters, digits, '.', '_', '-'", USAGE
+        )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,11 +1,12 @@
 """The keys by which a GGUF tells where it comes from: `general.*` of the standard, our `tomeforge.*`.
 
-In: `RunFacts`. Out: keys and values for the GGUF writer, nothing that was not recorded.
+In: `RunFacts`, of a run or of a plain base. Out: keys and values for the GGUF writer, nothing that
+was not recorded.
 """
 
 from typing import Any
 
-from export.naming import VERSION, base_of, model_name
+from export.naming import VERSION, base_of, model_name, plain_name
 from export.run_facts import RunFacts
 
 TAGS = ("gguf", "lora", "tomeforge")
@@ -47,7 +48,6 @@ def gguf_metadata(
         adapter_sha256: Of the adapter's weights.
     """
     ours = model_name(facts.base_name, facts.num_weights, facts.run_name, version)
-    base_word = facts.base_name.rpartition("/")[2]
     keys: list[tuple[str, MetadataValue | None]] = [
         *[(f"general.sampling.{key}", value) for key, value in facts.sampling.items()],
         ("general.name", name or ours.title),
@@ -57,14 +57,7 @@ def gguf_metadata(
         ("general.description", f"{facts.base_name}, fine-tuned with LoRA (Tomeforge)"),
         ("general.quantized_by", "Tomeforge"),
         ("general.size_label", ours.size_label),
-        ("general.license", facts.license),
-        ("general.license.name", facts.license_name),
-        ("general.license.link", facts.license_link),
-        ("general.base_model.count", 1),
-        ("general.base_model.0.name", base_word.replace("-", " ")),
-        ("general.base_model.0.version", _base_version(facts)),
-        ("general.base_model.0.organization", facts.organization),
-        ("general.base_model.0.repo_url", facts.repo_url),
+        *_origin(facts),
         ("general.dataset.count", len(facts.datasets) or None),
     ]
     for number, dataset in enumerate(facts.datasets):
@@ -90,6 +83,49 @@ def gguf_metadata(
     ]
     # The organization is the maker's; this file's maker is not on record, so it has none.
     return [(key, value) for key, value in keys if value is not None]
+
+
+def base_metadata(
+    facts: RunFacts, *, name: str | None = None, base_fingerprint: str
+) -> list[tuple[str, MetadataValue]]:
+    """Give the keys of a base that is no more than converted, in a stable order.
+
+    Args:
+        facts: See `read_base_facts`.
+        name: `general.name`, if the user chose one.
+        base_fingerprint: `BaseModel.fingerprint`; a LoRA GGUF of this base has the same.
+    """
+    ours = plain_name(facts.base_name, facts.num_weights)
+    version = base_of(facts.base_name, facts.num_weights).version
+    keys: list[tuple[str, MetadataValue | None]] = [
+        *[(f"general.sampling.{key}", value) for key, value in facts.sampling.items()],
+        ("general.name", name or ours.title),
+        ("general.version", version),
+        ("general.basename", ours.base_name),
+        ("general.description", f"{facts.base_name}, converted as it is (Tomeforge)"),
+        ("general.quantized_by", "Tomeforge"),
+        ("general.size_label", ours.size_label),
+        *_origin(facts),
+        ("general.tags", ["text-generation", *(tag for tag in TAGS if tag != "lora")]),
+        ("general.languages", list(facts.languages) or None),
+        ("tomeforge.base.fingerprint", base_fingerprint),
+    ]
+    return [(key, value) for key, value in keys if value is not None]
+
+
+def _origin(facts: RunFacts) -> list[tuple[str, MetadataValue | None]]:
+    """Give the licence, and the model that the file is made from."""
+    base_word = facts.base_name.rpartition("/")[2]
+    return [
+        ("general.license", facts.license),
+        ("general.license.name", facts.license_name),
+        ("general.license.link", facts.license_link),
+        ("general.base_model.count", 1),
+        ("general.base_model.0.name", base_word.replace("-", " ")),
+        ("general.base_model.0.version", _base_version(facts)),
+        ("general.base_model.0.organization", facts.organization),
+        ("general.base_model.0.repo_url", facts.repo_url),
+    ]
 
 
 def _base_version(facts: RunFacts) -> str | None:

@@ -48,12 +48,14 @@ class ModelName:
     @property
     def prefix(self) -> str:
         """First part of the file names, up to the encoding."""
-        return f"{self.base_name}-{self.size_label}-{self.finetune}-v{self.version}"
+        words = (self.base_name, self.size_label, self.finetune, f"v{self.version}")
+        return "-".join(filter(None, words))
 
     @property
     def title(self) -> str:
         """The name for people: `general.name`."""
-        return f"{self.base_name} {self.size_label} {self.finetune}".replace("-", " ")
+        words = (self.base_name, self.size_label, self.finetune)
+        return " ".join(filter(None, words)).replace("-", " ")
 
 
 def base_of(name: str, num_weights: int = 0) -> BaseName:
@@ -110,11 +112,21 @@ def model_name(
     known = {word.lower() for word in _GAP.split(base_name.rpartition("/")[2])}
     own = [word for word in _GAP.split(run_name) if word and word.lower() not in known]
     finetune = "-".join(filter(None, [base.finetune, _clean("-".join(own)) or "tuned"]))
-    first, dash, rest = finetune.partition("-")
-    # Letters, digits, letters right after the size read as part of it (`3.8B-ContextLength4k`).
-    first = re.sub(r"^([A-Za-z]+)(\d+[A-Za-z]+)$", r"\1-\2", first)
     label = base.size_label or size_label(num_weights)
-    return ModelName(base.name, label, first + dash + rest, version.lstrip("vV"))
+    return ModelName(base.name, label, _after_size(finetune), version.lstrip("vV"))
+
+
+def plain_name(base_name: str, num_weights: int) -> ModelName:
+    """Name a base that nothing was done to: its maker's words, and its own version or 1.0.
+
+    Args:
+        base_name: As the hub knows it, or a bare name.
+        num_weights: Of the base.
+    """
+    base = base_of(base_name, num_weights)
+    label = base.size_label or size_label(num_weights)
+    version = (base.version or VERSION).lstrip("vV")
+    return ModelName(base.name, label, _after_size(base.finetune), version)
 
 
 def file_prefix(base_name: str, num_weights: int, run_name: str, version: str = VERSION) -> str:
@@ -148,6 +160,12 @@ def _is_size(word: str, num_weights: int) -> bool:
 
 def _label(word: str) -> str:
     return (word[:-1] + word[-1].upper()).replace("a", "A")
+
+
+def _after_size(finetune: str) -> str:
+    """Part letters, digits, letters right after the size: they read as part of it."""
+    first, dash, rest = finetune.partition("-")  # such as `3.8B-ContextLength4k`
+    return re.sub(r"^([A-Za-z]+)(\d+[A-Za-z]+)$", r"\1-\2", first) + dash + rest
 
 
 def _begins_tuning(word: str) -> bool:

@@ -8,7 +8,7 @@ was recorded. Paths of this machine stay here.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class RunFacts:
     """Everything that is told about a run.
 
     Attributes:
-        run_name: The run's folder.
+        run_name: The run's folder; empty for a plain base.
         base_name: ORG/NAME as the hub knows it, else a bare name.
         organization, repo_url: Of the base; None unless `base_name` is a hub name.
         base_revision: What the recipe asked the hub for, where the hub was asked.
@@ -129,29 +129,42 @@ def read_run_facts(adapter_dir: Path, base: BaseModel) -> RunFacts:
     """
     run_dir = adapter_dir.resolve().parent
     provenance, recipe = read_provenance(adapter_dir), _read_recipe(run_dir / "recipe.yaml")
-    matter = read_card(base.path)
-    name = public_name(base.path, base.name, matter)
-    organization = name.partition("/")[0] if "/" in name else None
-    repo_url = f"{HUB_URL}/{name}" if organization else None
+    facts = read_base_facts(base)
     # Of a local folder, or of 4-bit weights, the recipe's revision says nothing about this base.
     trained_on = _mapping(provenance, "base_model")
-    revision = _text(trained_on, "revision") if trained_on.get("name") == name else None
-    license_id, license_name, license_link = _license(matter, repo_url)
-    return RunFacts(
+    same = facts.organization and trained_on.get("name") == facts.base_name
+    return replace(
+        facts,
         run_name=run_name_of(adapter_dir),
-        base_name=name,
-        num_weights=sum(tensor.num_weights for tensor in base.tensors.values()),
-        organization=organization,
-        repo_url=repo_url,
-        base_revision=revision if organization else None,
-        license=license_id,
-        license_name=license_name,
-        license_link=license_link,
-        languages=tuple(word for word in _texts(matter, "language") if _LANGUAGE.fullmatch(word)),
+        base_revision=_text(trained_on, "revision") if same else None,
         datasets=_datasets(_mapping(provenance, "dataset")),
         lora=_lora(_read_if_there(adapter_dir / "adapter_config.json")),
         training=_training(provenance, recipe),
         held_out=_held_out(run_dir / "evaluation.json", adapter_dir),
+    )
+
+
+def read_base_facts(base: BaseModel) -> RunFacts:
+    """Collect what a base has on record; there is no run, so its name is empty.
+
+    Raises:
+        CommandError: Exit 3: one of the files is malformed.
+    """
+    matter = read_card(base.path)
+    name = public_name(base.path, base.name, matter)
+    organization = name.partition("/")[0] if "/" in name else None
+    repo_url = f"{HUB_URL}/{name}" if organization else None
+    license_id, license_name, license_link = _license(matter, repo_url)
+    return RunFacts(
+        run_name="",
+        base_name=name,
+        num_weights=sum(tensor.num_weights for tensor in base.tensors.values()),
+        organization=organization,
+        repo_url=repo_url,
+        license=license_id,
+        license_name=license_name,
+        license_link=license_link,
+        languages=tuple(word for word in _texts(matter, "language") if _LANGUAGE.fullmatch(word)),
         sampling=_sampling(_read_if_there(base.path / "generation_config.json")),
     )
 

@@ -1,4 +1,4 @@
-"""The child process of export.export_gguf: one pass over the base, any number of GGUF files.
+"""The child process of export.export_gguf and export_base: one pass over the base, any number of GGUF files.
 
 Each portion of rows is read, merged in float32, quantized to every type asked for and appended to
 the files; nothing else is kept. With a job of mode `plan` only the types and sizes are told.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from export._cli import FAILED, MODEL, OK, CommandError, run_command
 from export._files import check_free_space, os_errors_told
-from export.adapter_options import Inputs, open_inputs
+from export.adapter_options import Inputs, open_base_inputs, open_inputs
 from export.gguf_metadata import value_type
 from export.gguf_writer import GgufFile, padded, tensor_bytes
 from export.lazy_convert import Converted, convert_lazily, use_vendored_gguf
@@ -45,7 +45,8 @@ def run_job(job: Mapping[str, Any]) -> None:
     """Do one job.
 
     Args:
-        job: `mode` (`plan` or `write`), `adapters` ([folder, weight] pairs), `base` (folder),
+        job: `mode` (`plan` or `write`), `adapters` ([folder, weight] pairs, none for the plain
+            base), `base` (folder),
             `model_dir` (config.json and tokenizer of the merged model), `metadata` ([key, value]
             pairs), `imatrix` (file or null), `has_imatrix` (for `plan`), `n_threads`, and `files`
             ({type: path}) or, for `plan`, `types`.
@@ -58,8 +59,7 @@ def run_job(job: Mapping[str, Any]) -> None:
 
     torch.set_num_threads(1)
     use_vendored_gguf()
-    (adapter_dir, weight), *more = [(Path(folder), share) for folder, share in job["adapters"]]
-    inputs = open_inputs(adapter_dir, Path(job["base"]), weight=weight, more=more)
+    inputs = _open(job)
     converted = convert_lazily(inputs.model, Path(job["model_dir"]))
     converted.metadata.update(_entries(job["metadata"]))
     imatrix, about_imatrix = _read_imatrix(job.get("imatrix"), converted)
@@ -87,6 +87,14 @@ def run_job(job: Mapping[str, Any]) -> None:
     done = {file.type_name: file.close() for file in files}
     _check_nothing_lost(inputs, converted)
     say(done=done)
+
+
+def _open(job: Mapping[str, Any]) -> Inputs:
+    adapters = [(Path(folder), share) for folder, share in job["adapters"]]
+    if not adapters:
+        return open_base_inputs(job["base"])
+    (adapter_dir, weight), *more = adapters
+    return open_inputs(adapter_dir, Path(job["base"]), weight=weight, more=more)
 
 
 def _check_memory(converted: Converted, n_threads: int) -> None:

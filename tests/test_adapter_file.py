@@ -138,7 +138,7 @@ def test_file_that_is_none_is_exit_3(base, tmp_path, content):
         path.mkdir()
     elif content != "missing":
         path.write_bytes(content)
-    with pytest.raises(CommandError, match="adapter '.*x.gguf'") as caught:
+    with pytest.raises(CommandError, match=r"adapter '.*x\.gguf'") as caught:
         check_adapter_file(path, base)
     assert caught.value.exit_code == MODEL
 

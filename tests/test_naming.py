@@ -12,6 +12,7 @@ from export.naming import (
     export_file_name,
     file_prefix,
     model_name,
+    plain_name,
     run_name_of,
     size_label,
 )
@@ -86,6 +87,29 @@ def parse(name: str) -> dict[str, str | None]:
     match = CONVENTION.fullmatch(name)
     assert match is not None, name
     return match.groupdict()
+
+
+@pytest.mark.parametrize(
+    ("base", "num_weights", "prefix", "title"),
+    [
+        (
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            SMOLLM,
+            "SmolLM2-135M-Instruct-v1.0",
+            "SmolLM2 135M Instruct",
+        ),
+        ("mistralai/Mistral-7B-v0.3", MISTRAL, "Mistral-7B-v0.3", "Mistral 7B"),
+        ("my_own folder", 14_000_000, "my-own-folder-14M-v1.0", "my own folder 14M"),
+    ],
+)
+def test_plain_base_keeps_its_own_name(
+    base: str, num_weights: int, prefix: str, title: str
+) -> None:
+    made = plain_name(base, num_weights)
+    assert (made.prefix, made.title) == (prefix, title)
+    read = parse(export_file_name(made.prefix, "Q8_0"))
+    assert (read["SizeLabel"], read["FineTune"] or "") == (made.size_label, made.finetune)
+    assert read["Encoding"] == "Q8_0"
 
 
 # Words that mean something in the convention, and letters and digits that are none in ASCII.
