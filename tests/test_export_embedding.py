@@ -287,5 +287,5 @@ def test_packaged_model_knows_what_is_alike(embedding_gguf: Path) -> None:
     original = embed_original(find_packaged_model(), texts, "mean")
     assert np.abs(rows - original).max() < 2e-3
     alike, unlike = rows[0] @ rows[1], rows[0] @ rows[2]
-    assert alike > 0.5
+    assert alike > 0.4
     assert unlike < 0.2
