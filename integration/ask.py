@@ -26,8 +26,11 @@ PARALLEL = 4
 def _respond(session: Session, request: Request, stream: bool) -> "Reply":
     from integration.agent import respond
 
+    session.choose_adapter(request)
     if session.adapters is not None and request.adapter is not None:
         session.adapters.use(request.adapter)
+    if request.reason and stream:
+        log(f"route: {request.adapter} ({visible(request.reason)})")
 
     def show(text: str) -> None:
         sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
@@ -36,7 +39,7 @@ def _respond(session: Session, request: Request, stream: bool) -> "Reply":
     return respond(
         session.model,
         request.messages,
-        session.settings,
+        session.settings_for(request.adapter),
         session.tools,
         on_text=show if stream else None,
         approve=approve_on_terminal if session.approve else None,

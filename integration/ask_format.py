@@ -1,7 +1,7 @@
 """What ``ask`` reads and writes: requests in, answer objects out."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import CommandError
@@ -9,18 +9,28 @@ from integration._cli import CommandError
 if TYPE_CHECKING:
     from integration.agent import Reply
 
-BASE = "base"
+BASE, AUTO = "base", "auto"
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass
 class Request:
-    """One question; ``prompt`` is what the answer object repeats."""
+    """One question.
+
+    Attributes:
+        prompt: What the answer object repeats.
+        adapter: Adapters that answer it: a name, a set such as ``json:0.5+coding:0.5``, ``base``, or
+            ``auto`` until the router has chosen.
+        scores: The router's, by name.
+        reason: Why the router chose.
+    """
 
     messages: list[dict[str, str]]
     prompt: str
     id: Any = None
     adapter: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
 
 
 def parse_request(line: str, system: str | None, adapter: str | None = None) -> Request:
@@ -118,8 +128,8 @@ def answer_object(request: Request, reply: "Reply") -> dict[str, Any]:
         "tool_calls": [call.to_json() for call in reply.tool_calls],
         "route": {
             "adapter": request.adapter if routed else None,
-            "scores": {},
-            "reason": "asked for" if routed else "no adapter asked for",
+            "scores": request.scores,
+            "reason": request.reason or ("asked for" if routed else "no adapter asked for"),
         },
         "finish_reason": reply.finish_reason,
         "usage": {

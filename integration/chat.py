@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     read_utf8(sys.stdin)
     # What the terminal's character set lacks is shown, and never ends the chat.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    session = open_session(options)
+    session = open_session(options, keeps_conversations=True)
     from integration.agent import respond
 
     return talk(session, respond)

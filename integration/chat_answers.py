@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import CONTEXT, CommandError
+from integration.ask_format import BASE
 from integration.chat_conversation import Conversation
 from integration.chat_screen import Screen, context_share, format_call, meter
 from integration.decoding import draw_seed
@@ -82,6 +83,7 @@ class Chat:
         self.session, self.screen = session, screen
         self.is_interactive = is_interactive
         self.tools = session.tools
+        self.is_routed = session.router is not None
         self.conversation = Conversation(session.system)
         self.last: Reply | None = None
         self.totals = Totals()
@@ -185,16 +187,35 @@ class Chat:
         engine = getattr(session.model, "engine", None)  # a server keeps its threads to itself
         if engine:
             facts["threads"] = engine.n_threads
-        facts["adapter"] = session.adapters.active if session.adapters else "none"
+        facts |= self._adapter_facts()
         facts["session"] = (
             f"answers: {sums.answers}, tool calls: {sums.calls}, "
             f"{sums.prompt_tokens} prompt + {sums.completion_tokens} completion tokens"
         )
         return [f"{name:<12} {value}" for name, value in facts.items()]
 
+    def _adapter_facts(self) -> dict[str, str]:
+        if self.session.adapters is None:
+            return {"adapter": "none"}
+        used = self.session.adapters.memory()
+        facts = {"adapter": self.session.adapters.active + (" (routed)" if self.is_routed else "")}
+        if used.adapters:
+            sizes = [f"{name} {size / 1e6:.1f} MB" for name, size in used.adapters.items()]
+            facts["adapters"] = ", ".join(sizes)
+            facts["cached"] = ", ".join(
+                f"{label} {one.tokens} tokens {one.num_bytes / 1e6:.1f} MB"
+                + (" (aside)" if one.is_parked else "")
+                for label, one in used.conversations
+            )
+        return facts
+
     def _ask_model(self, text: str, seed: int | None, progress: _Progress) -> "Reply":
         session = self.session
-        settings = session.settings if seed is None else replace(session.settings, seed=seed)
+        if self.is_routed:
+            self._route(text)
+        settings = session.settings_for(session.adapters.active if session.adapters else None)
+        if seed is not None:
+            settings = replace(settings, seed=seed)
         dropped = self.conversation.make_room(session.model, text, self.tools, settings.max_tokens)
         if dropped:
             kept = len(self.conversation.exchanges) - self.conversation.dropped
@@ -211,6 +232,18 @@ class Chat:
             on_call=progress.add_call,
             approve=self._approve if session.approve else None,
         )
+
+    def _route(self, text: str) -> None:
+        """Let the router choose the adapter; it keeps to the one of the conversation if in doubt."""
+        assert self.session.router is not None
+        assert self.session.adapters is not None
+        adapters = self.session.adapters
+        texts = [exchange[0]["content"] for exchange in self.conversation.exchanges]
+        route = self.session.router.route([*texts, text], adapters.names)
+        chosen, before = route.adapter or BASE, adapters.active
+        adapters.use(chosen)
+        if chosen != before:
+            self.screen.note(f"adapter: {chosen} ({route.reason})")
 
     def _approve(self, call: "ToolCall") -> bool:
         if not self.is_interactive:

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 from integration._cli import CommandError
+from integration.ask_format import AUTO
 from integration.chat_answers import Chat
 from integration.chat_files import load_conversation, save_conversation
 
 COMMANDS = {
     "/tools": ("[on|off]", "list the tools, or switch calling on and off"),
-    "/adapter": ("[NAME]", "list the adapters, or activate one (base = none)"),
+    "/adapter": (
+        "[NAME]",
+        "list the adapters, or activate one (base = none), or several: a:0.5+b:0.5",
+    ),
     "/system": ("[TEXT]", "show or set the system prompt (NAME, TEXT or @FILE; off = none)"),
     "/save": ("FILE", "write the conversation as JSON (never over an existing file)"),
     "/load": ("FILE", "go on with a conversation that /save wrote"),
@@ -21,6 +25,7 @@ COMMANDS = {
     "/exit": ("", "leave (also Ctrl-D); Ctrl-C stops an answer and keeps it"),
 }
 _KEYS = """\
+/adapter auto lets the router choose; /adapter load NAME=FILE and /adapter unload NAME change the list.
 On a terminal: Enter sends; Alt-Enter, or a backslash before Enter, starts a new line;
 Tab completes commands and names; arrows and Ctrl-R find earlier input."""
 # A path such as /etc/hosts is a message, not a command.
@@ -51,7 +56,8 @@ class Commands:
         if name == "/tools":
             return ["on", "off"]
         if name == "/adapter" and self._chat.session.adapters:
-            return self._chat.session.adapters.names
+            names = self._chat.session.adapters.names
+            return [*names, AUTO] if self._chat.session.router else names
         if name == "/system":
             from integration.system_prompts import list_prompts
 
@@ -96,9 +102,25 @@ class Commands:
         adapters = self._chat.session.adapters
         if adapters is None:
             raise CommandError("/adapter: this model has no adapters to choose from")
-        if argument:
+        action, _, rest = argument.partition(" ")
+        if action == "load" and rest:
+            from integration.adapters import parse_adapter_options
+
+            ((name, path),) = parse_adapter_options([rest.strip()]).items()
+            file = adapters.load(name, path.expanduser())
+            self._screen.line(f"loaded {name}: rank {file.rank}, {file.num_bytes / 1e6:.1f} MB")
+        elif action == "unload" and rest:
+            adapters.unload(rest.strip())
+        elif argument == AUTO:
+            if self._chat.session.router is None:
+                raise CommandError("/adapter auto: no router is loaded; start with --route auto")
+            self._chat.is_routed = True
+        elif argument:
             adapters.use(argument)
-        for name in adapters.names:
+            self._chat.is_routed = False
+        if self._chat.is_routed:
+            self._screen.line("the router chooses")
+        for name in dict.fromkeys([*adapters.names, adapters.active]):
             self._screen.line(("* " if name == adapters.active else "  ") + name)
 
     def _system(self, argument: str) -> None:

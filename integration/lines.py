@@ -195,13 +195,13 @@ def _one_by_one(session: Session, take: Callable[[bool], Job[Reply]]) -> Iterato
 def _make_job(session: Session, route: str, number: int, line: str) -> _LineJob:
     try:
         request = parse_request(line, session.system, route)
-        if session.adapters is not None and request.adapter is not None:
-            session.adapters.check(request.adapter)
+        session.choose_adapter(request)
     except CommandError as error:
         return _LineJob(number, Request([], line.strip(), id_of(line)), result=error)
     # Every request starts from the same seed, so that a line answers alike alone and in a batch.
+    settings = session.settings_for(request.adapter)
     steps = respond_steps(
-        session.model, request.messages, session.settings, session.tools, dry_run=session.dry_run
+        session.model, request.messages, settings, session.tools, dry_run=session.dry_run
     )
     return _LineJob(number, request, steps=steps, group=request.adapter)
 

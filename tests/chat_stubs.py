@@ -57,6 +57,37 @@ class StubAdapters:
             raise CommandError(f"no adapter is called '{name}'")
         self.active = name
 
+    def check(self, name: str) -> str:
+        if name not in self.names:
+            raise CommandError(f"no adapter is called '{name}'")
+        return name
+
+    def load(self, name: str, path: Any) -> SimpleNamespace:
+        self.names.append(name)
+        return SimpleNamespace(rank=8, num_bytes=2_500_000)
+
+    def unload(self, name: str) -> None:
+        self.names.remove(name)
+
+    def memory(self) -> SimpleNamespace:
+        sizes = {name: 9_800_000 for name in self.names if name != "base"}
+        used = SimpleNamespace(tokens=321, num_bytes=7_400_000, is_parked=True)
+        return SimpleNamespace(adapters=sizes, conversations=[("json", used)])
+
+
+@dataclass
+class StubRouter:
+    """Sends texts that name an adapter there; ``asked`` are the conversations it saw."""
+
+    names: list[str] = field(default_factory=lambda: ["json"])
+    asked: list[list[str]] = field(default_factory=list)
+
+    def route(self, texts: Sequence[str], available: Any) -> SimpleNamespace:
+        self.asked.append(list(texts))
+        adapter = "json" if "json" in texts[-1] and "json" in available else None
+        scores = {"json": 0.9 if adapter else 0.1, "base": 0.1 if adapter else 0.9}
+        return SimpleNamespace(adapter=adapter, scores=scores, reason=f"{len(texts)} texts")
+
 
 def stub_session(**changes: Any) -> SimpleNamespace:
     values = {
@@ -67,9 +98,12 @@ def stub_session(**changes: Any) -> SimpleNamespace:
         "system": None,
         "seed": 7,
         "approve": False,
+        "router": None,
         **changes,
     }
-    return SimpleNamespace(**values)
+    session = SimpleNamespace(**values)
+    session.settings_for = lambda adapter: session.settings
+    return session
 
 
 def stub_respond(model, messages, settings, tools=(), on_text=None, on_call=None, approve=None):

@@ -14,7 +14,7 @@ from integration.chat_answers import Chat
 from integration.chat_commands import COMMANDS, Commands, help_text
 from integration.chat_input import complete, history_path, open_history
 from integration.chat_screen import Screen
-from tests.chat_stubs import StubModel, stub_respond, stub_session
+from tests.chat_stubs import StubModel, StubRouter, stub_respond, stub_session
 from tools import TOOLS
 
 
@@ -174,6 +174,8 @@ def test_stats_before_and_after_an_answer():
         "seed         7",
         "threads      2",
         "adapter      base",
+        "adapters     json 9.8 MB",
+        "cached       json 321 tokens 7.4 MB (aside)",
         "session      answers: 1, tool calls: 0, 4 prompt + 1 completion tokens",
     ]
 
@@ -240,6 +242,39 @@ def test_adapters_are_listed_and_switched():
     assert desk.type("/adapter json") == "  base\n* json\n"
     assert desk.error("/adapter jsn") == "error: no adapter is called 'jsn'"
     assert "no adapters to choose from" in Desk(adapters=None).error("/adapter")
+    assert "no router is loaded" in desk.error("/adapter auto")
+
+
+def test_adapters_are_loaded_and_unloaded():
+    desk = Desk()
+    assert desk.type("/adapter load mine=x.gguf") == (
+        "loaded mine: rank 8, 2.5 MB\n* base\n  json\n  mine\n"
+    )
+    assert desk.type("/adapter unload mine") == "* base\n  json\n"
+    assert "expected NAME=FILE" in desk.error("/adapter load mine")
+
+
+def test_router_chooses_until_someone_else_does():
+    router = StubRouter()
+    desk = Desk(router=router)
+    desk.type("hello", "give me json")
+    assert desk.chat.session.adapters.active == "json"
+    assert router.asked == [["hello"], ["hello", "give me json"]]
+    assert desk.err.getvalue().count("adapter: json (2 texts)") == 1
+    assert desk.commands.choices("/adapter") == ["base", "json", "auto"]
+    desk.type("/adapter base", "more json")
+    assert desk.chat.session.adapters.active == "base"
+    assert len(router.asked) == 2
+    assert desk.type("/adapter auto").startswith("the router chooses\n")
+    desk.type("json again")
+    assert desk.chat.session.adapters.active == "json"
+    assert "adapter      json (routed)\n" in desk.type("/stats")
+
+
+def test_stats_tell_what_adapters_take():
+    stats = Desk().type("/stats")
+    assert "adapters     json 9.8 MB\n" in stats
+    assert "cached       json 321 tokens 7.4 MB (aside)\n" in stats
 
 
 @pytest.mark.parametrize(
@@ -269,7 +304,9 @@ def test_completion_of_commands_and_names():
     choices = Desk().commands.choices
     assert [word for word, _, _ in complete("/re", choices)] == ["/retry", "/reset"]
     assert list(complete("/adapter j", choices)) == [("json", 1, "")]
-    assert [word for word, _, _ in complete("/system cog", choices)] == ["cognitive_designer"]
+    assert [word for word, _, _ in complete("/system cognitive_designer_", choices)] == [
+        "cognitive_designer_ru"
+    ]
     assert [word for word, _, _ in complete("/tools ", choices)] == ["on", "off"]
     assert list(complete("/stats x", choices)) == []
     assert Desk(adapters=None).commands.choices("/adapter") == []
