@@ -1,7 +1,7 @@
 # Tomeforge: `make help` lists the commands.
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo adapters adapters-demo test check bench clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -11,6 +11,12 @@ setup: ## set up this machine into .venv (about 5 min, once)
 
 demo: setup ## train, export and ask the embedded default model (at most 8 min on two cores)
 	@$(PY) -m scripts.demo
+
+adapters: setup ## train three adapters of the embedded model, and the router (about 20 min)
+	@scripts/adapters.sh
+
+adapters-demo: adapters ## load, switch, stack, merge and route them
+	@$(PY) -m scripts.adapters_demo
 
 test: setup ## run the whole test suite
 	@$(PY) -m pytest -n auto --dist loadscope

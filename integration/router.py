@@ -73,12 +73,12 @@ def _train(options: argparse.Namespace) -> int:
     if options.output.suffix != ".npz":
         raise CommandError(f"--output: '{options.output}' has no .npz at its end; add it")
     from integration.embedding import Encoder
-    from integration.hardware import usable_threads
     from integration.router_file import save_router
     from integration.router_report import training_text
     from integration.router_training import train_router
 
-    encoder = Encoder(options.encoder, usable_threads())
+    # One thread: two wait for each other whenever something else runs, and this is not urgent.
+    encoder = Encoder(options.encoder, n_threads=1)
     note_weak_classes(config)
     data, report = train_router(config, encoder)
     save_router(data, options.output)

@@ -17,8 +17,8 @@ from integration.router_config import BASE, RouteClass, RouterConfig
 from integration.router_features import features, main_script
 from integration.router_file import RouterData, Settings
 
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-MOST_FOLDS, REPEATS = 10, 3
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+MOST_FOLDS, REPEATS = 5, 2
 LEAST_THRESHOLD, WANTED_PRECISION = 0.5, 0.95
 LEAST_SWITCH, WANTED_SWITCH_PRECISION = 0.6, 0.95
 MOST_REFUSED = 0.05  # of the requests that an adapter is for, by the similarity alone

@@ -3,13 +3,15 @@
     python -m scripts.benchmark train       # --data rows.jsonl for other rows than the shipped sample
     python -m scripts.benchmark chat        # on the demo's Q8_0; --model FILE for another
     python -m scripts.benchmark export      # on a random TinyLlama-1.1B; --size 7b for Mistral's size
+    python -m scripts.benchmark adapters    # on what make adapters built
 
 ``train`` measures real tokens per second, padding and peak memory of 4-bit LoRA training: ours against
 what Unsloth's notebooks write and against TRL + PEFT, same model, rows and steps; the contenders are in
 ``scripts.benchmark_train``. ``chat`` measures decoding, waiting for the first token, and batches, against
 raw llama-cpp-python, stock LangChain and processes of one request: `scripts.benchmark_chat`. ``export``
 measures time, peak memory and bytes written from an adapter to a Q4_K_M file, against the chain PEFT,
-converter, quantizer: `scripts.benchmark_export`.
+converter, quantizer: `scripts.benchmark_export`. ``adapters`` measures switching, decoding and memory
+of several adapters over one base: `scripts.benchmark_adapters`.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.benchmark_adapters import benchmark_adapters
 from scripts.benchmark_chat import DEMO_MODEL, benchmark_chat
 from scripts.benchmark_export import SIZES, WORK_DIR, benchmark_export
 from scripts.benchmark_train import ROWS_PER_FORWARD
@@ -127,12 +130,16 @@ def _run_export(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; exit 1 when a target is missed."""
     parser = argparse.ArgumentParser(description="Ours against the usual way, in one run.")
-    parser.add_argument("benchmark", choices=["train", "chat", "export"], help="what to measure")
+    parser.add_argument(
+        "benchmark", choices=["train", "chat", "export", "adapters"], help="what to measure"
+    )
     parser.add_argument(
         "--model", type=Path, default=DEMO_MODEL, help="chat: a GGUF; default: the demo's"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="chat: small amounts, for tests; has no targets"
+        "--quick",
+        action="store_true",
+        help="chat, adapters: small amounts, for tests; has no targets",
     )
     parser.add_argument(
         "--data", type=Path, default=SAMPLE, help="train: rows; default: the shipped sample"
@@ -152,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="export: where the temporary folder goes (default: outputs)",
     )
     parser.add_argument(
-        "--rounds", type=int, help="alternating rounds (default: train 3, chat 6, export 2)"
+        "--rounds",
+        type=int,
+        help="alternating rounds (default: train 3, chat 6, export 2, adapters 3)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
@@ -164,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _run_chat(options)
     elif options.benchmark == "export":
         result = _run_export(options)
+    elif options.benchmark == "adapters":
+        result = benchmark_adapters(options.rounds or 3, options.quick)
     else:
         result = benchmark_train(options.data, options.rounds or 3, options.steps)
     if options.json:

@@ -43,8 +43,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what chat remembers between runs out of the user's own cache."""
+    """Keep what chat remembers between runs, and its prompts, apart from the user's own."""
     os.environ["TOMEFORGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TOMEFORGE_PROMPTS"] = str(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="session")
