@@ -222,7 +222,7 @@ def open_session(
 def _open_router(options: argparse.Namespace) -> "Router":
     from integration.routing import DEFAULT_ROUTER, Router
 
-    return Router.load(options.router or DEFAULT_ROUTER, options.threads)
+    return Router.load(options.router or DEFAULT_ROUTER)
 
 
 def _open_adapters(

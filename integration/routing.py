@@ -88,21 +88,18 @@ class Router:
         self._opinion = functools.lru_cache(_CACHED)(self._form_opinion)
 
     @classmethod
-    def load(
-        cls, path: Path, n_threads: int | None = None, encoder_path: Path | None = None
-    ) -> Self:
+    def load(cls, path: Path, n_threads: int = 1, encoder_path: Path | None = None) -> Self:
         """Load a router and its embedding model.
 
         Args:
             path: The file that training wrote.
-            n_threads: Threads of the embedding model, by default what this process may use.
+            n_threads: Threads of the embedding model. One decides in 9 ms; two are hardly faster, and
+                wait for each other whenever anything else runs.
             encoder_path: Where the embedding model is now, if not where it was.
 
         Raises:
             CommandError: Exit 3; one of the two is missing or damaged, or they do not belong together.
         """
-        from integration.hardware import usable_threads
-
         data = load_router(path)
         file = encoder_path or Path(data.settings.encoder)
         if not file.is_file():
@@ -111,7 +108,7 @@ class Router:
                 f"it ({EXPORT_COMMAND}) and train again: {TRAIN_COMMAND}",
                 MODEL,
             )
-        encoder = Encoder(file, n_threads or usable_threads())
+        encoder = Encoder(file, n_threads)
         fits = data.examples.shape[1] == encoder.dim and encoder.dim < data.weights.shape[1]
         if encoder.identity != data.settings.encoder_identity or not fits:
             encoder.close()
