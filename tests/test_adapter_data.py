@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import yaml
 
+from integration.router_config import load_config
 from scripts.adapter_answers import DATA_DIR, read_held_out
 from scripts.adapter_scores import fenced_blocks, judge_support, parses_as_python
 
@@ -153,8 +153,9 @@ def training_turns(name: str, role: str) -> list[str]:
 
 
 def router_examples() -> list[str]:
-    config = yaml.safe_load((ROOT / "integration/adapters.yaml").read_text(encoding="utf-8"))
-    return [text for one in (*config["adapters"], config["base"]) for text in one["examples"]]
+    """All that the router is trained on: listed, and out of data sets."""
+    classes = load_config(ROOT / "integration/adapters.yaml").classes
+    return [text for one in classes for text in (*one.examples, *one.more)]
 
 
 def router_requests() -> dict[str, str]:
