@@ -41,7 +41,8 @@ class Encoder:
         from llama_cpp import _internals, _logger
 
         header = check_embedding_file(path)
-        self.path, self.identity = path, file_identity(path)
+        self.path = path
+        self.identity = f"{file_identity(path)}-{HEAD_TOKENS}+{TAIL_TOKENS}"
         self._lib, self._lock = llama_cpp, Lock()
         _logger.set_verbose(False)
         _initialize_backend()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from integration._cli import FAILED, OK, CommandError, log, read_utf8, run_command
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from integration.routing import Router
 
 _CONFIG = Path("integration/adapters.yaml")
@@ -66,6 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _evaluate(options)
 
 
+def _known(output: Path, encoder_identity: str) -> "dict[str, np.ndarray]":
+    """Give the embeddings that the router to be replaced holds: most examples are still the same."""
+    from integration.router_file import load_router
+
+    try:
+        data = load_router(output)
+    except CommandError:  # there is none, or it is of another version: it is replaced anyway
+        return {}
+    if data.settings.encoder_identity != encoder_identity:
+        return {}
+    return dict(zip(data.settings.texts, data.examples, strict=True))
+
+
 def _train(options: argparse.Namespace) -> int:
     from integration.router_config import load_config, note_weak_classes
 
@@ -80,7 +95,7 @@ def _train(options: argparse.Namespace) -> int:
     # One thread: two wait for each other whenever something else runs, and this is not urgent.
     encoder = Encoder(options.encoder, n_threads=1)
     note_weak_classes(config)
-    data, report = train_router(config, encoder)
+    data, report = train_router(config, encoder, _known(options.output, encoder.identity))
     save_router(data, options.output)
     _write_report(report, options.output.with_name("report.json"))
     log(training_text(report))

@@ -1,14 +1,11 @@
 """Every command in the README exists, with every option it shows."""
 
 import re
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.command_lines import ROOT, problems
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -18,36 +15,6 @@ def shell_lines(text: str) -> list[str]:
 
 
 LINES = shell_lines(README)
-
-
-@cache
-def help_text(module: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    return done.stdout if done.returncode == 0 else ""
-
-
-def problems(line: str) -> list[str]:
-    """What a command line of the README names that does not exist."""
-    found = []
-    if match := re.search(r"python -m ([\w.]+)", line):
-        text = help_text(match[1])
-        if not text:
-            found.append(f"no module {match[1]}")
-        options = re.findall(r"(?<= )--[a-z-]+", line[match.end() :])
-        found += [option for option in options if not re.search(rf"{option}\b", text)]
-    for target in re.findall(r"^make (\w+)", line):
-        if not re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE):
-            found.append(f"make {target}")
-    for path in re.findall(r"\bscripts/[\w./-]+", line):
-        if not (ROOT / path).exists():
-            found.append(path)
-    return found
 
 
 def test_readme_has_commands():
@@ -64,6 +31,9 @@ def test_command_exists(line):
     [
         "python -m integration.ask --modle x",
         "python -m integration.aks",
+        "python -m integration.router trian",
+        "python -m integration.router train --encodre x",
+        "printf x | python -m integration.ask --jsonl | python -m integration.router explane",
         "make sandwich",
         "scripts/pipline.sh x",
     ],

@@ -145,3 +145,17 @@ def test_other_version_and_parts_that_do_not_fit(tmp_path, trained):
         load_router(path)
     with pytest.raises(CommandError, match="there is no router"):
         load_router(tmp_path / "none.npz")
+
+
+def test_known_embeddings_are_not_computed_again(tmp_path, trained):
+    first, report = trained
+    known = dict(zip(first.settings.texts, first.examples, strict=True))
+    encoder = FakeEncoder()
+    second, again = train_router(make_config(tmp_path), encoder, known)
+    assert encoder.calls == 0
+    assert again == report
+    assert np.array_equal(second.weights, first.weights)
+    # Its twin: what is new is computed, and only that.
+    del known[first.settings.texts[0]]
+    train_router(make_config(tmp_path), encoder, known)
+    assert encoder.calls == 1
