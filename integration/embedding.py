@@ -18,7 +18,7 @@ from integration.prefix_store import file_identity
 
 EXPORT_COMMAND = "python -m export.export_embedding"
 # Tokens kept of a text, from its head and from its tail; the two marks around it come on top.
-HEAD_TOKENS, TAIL_TOKENS = 32, 16
+HEAD_TOKENS, TAIL_TOKENS = 26, 12
 # Characters that are worth tokenizing: no token that is kept lies further from its end. A word of
 # the vocabulary has at most 18 characters, but spaces between words take no token.
 _END_CHARACTERS = 2000

@@ -97,8 +97,9 @@ def merge(base: Path, name: str, adapter: Path) -> None:
     command = [sys.executable, "-m", "export.export_gguf", str(run / "adapter")]
     merged = Path(_run([*command, "--output", str(output), "--quantization", "Q8_0"]).split()[-1])
     request = [{"prompt": REQUESTS[name]}]
+    # Under an adapter there is no penalty by default, so none in the file it is merged into.
     (at_run_time,) = _ask(base, ["--adapter", f"{name}={adapter}", "--route", name], request)
-    (in_one_file,) = _ask(merged, [], request)
+    (in_one_file,) = _ask(merged, ["--repeat-penalty", "1"], request)
     for label, answer in {"adapter": at_run_time, "merged": in_one_file}.items():
         _show(label, answer["text"])
     speeds = [answer["timings"]["tokens_per_second"] for answer in (at_run_time, in_one_file)]
