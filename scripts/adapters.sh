@@ -33,7 +33,7 @@ for name in "$@"; do
 done
 
 printf '== base\n' >&2
-"$PY" -m export.export_base "$OUTPUTS/models/SmolLM2-135M-Instruct" --output "$OUTPUTS/smollm2-135m-base/gguf" --quantization Q8_0
+"$PY" -m export.export_base "$("$PY" -m scripts.default_model)" --output "$OUTPUTS/smollm2-135m-base/gguf" --quantization Q8_0
 printf '== router\n' >&2
 "$PY" -m export.export_embedding --output "$OUTPUTS/models/all-MiniLM-L6-v2-F16.gguf" >/dev/null
 "$PY" -m integration.router train --encoder "$OUTPUTS/models/all-MiniLM-L6-v2-F16.gguf" --output "$OUTPUTS/router/router.npz"

@@ -136,9 +136,10 @@ def test_timeout_is_exit_6(ask):
     ("arguments", "message"),
     [
         (["--adapter", "x"], "expected NAME=FILE"),
-        (["--adapter", "base=x.gguf"], "is taken"),
+        (["--adapter", "base=x.gguf"], "cannot be an adapter's"),
+        (["--adapter", "a=x.gguf", "--adapter", "a=y.gguf"], "is taken"),
+        (["--repeat-penalty", "9"], "expected 0.5 to 2"),
         (["--route", "json"], "no adapter is called 'json'"),
-        (["--route", "auto"], "no router"),
         (["--system", "@nowhere.txt"], "does not exist"),
         (["--system", "cognitive_desinger"], "did you mean 'cognitive_designer'"),
         (["--max-tokens", "0"], "expected at least 1"),
