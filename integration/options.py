@@ -220,7 +220,8 @@ def open_session(
 
 
 def _open_router(options: argparse.Namespace) -> "Router":
-    from integration.routing import DEFAULT_ROUTER, Router
+    from integration.router_config import DEFAULT_ROUTER
+    from integration.routing import Router
 
     return Router.load(options.router or DEFAULT_ROUTER)
 

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import FAILED, OK, CommandError, log, read_utf8, run_command
+from integration.router_config import DEFAULT_CONFIG, DEFAULT_ENCODER, DEFAULT_ROUTER
 
 if TYPE_CHECKING:
     import numpy as np
 
     from integration.routing import Router
 
-_CONFIG = Path("integration/adapters.yaml")
-_ROUTER = Path("outputs/router/router.npz")
-_ENCODER = Path("outputs/models/all-MiniLM-L6-v2-F16.gguf")
 _MOST_WORDS, _SHOWN_WORDS = 40, 8
 
 
@@ -35,13 +33,25 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="learn from the examples of adapters.yaml")
     train.add_argument(
-        "--config", type=Path, default=_CONFIG, metavar="YAML", help=f"default {_CONFIG}"
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="YAML",
+        help=f"default {DEFAULT_CONFIG}",
     )
     train.add_argument(
-        "--encoder", type=Path, default=_ENCODER, metavar="GGUF", help=f"default {_ENCODER}"
+        "--encoder",
+        type=Path,
+        default=DEFAULT_ENCODER,
+        metavar="GGUF",
+        help=f"default {DEFAULT_ENCODER}",
     )
     train.add_argument(
-        "--output", type=Path, default=_ROUTER, metavar="FILE", help=f"default {_ROUTER}"
+        "--output",
+        type=Path,
+        default=DEFAULT_ROUTER,
+        metavar="FILE",
+        help=f"default {DEFAULT_ROUTER}",
     )
     explain = commands.add_parser("explain", help="say where a request goes, and why")
     explain.add_argument("request", nargs="?", help="read from stdin when left out")
@@ -51,7 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for command in (explain, evaluate):
         command.add_argument(
-            "--router", type=Path, default=_ROUTER, metavar="FILE", help=f"default {_ROUTER}"
+            "--router",
+            type=Path,
+            default=DEFAULT_ROUTER,
+            metavar="FILE",
+            help=f"default {DEFAULT_ROUTER}",
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

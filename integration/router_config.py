@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from integration._cli import CommandError, log
+from integration.ask_format import BASE
 from integration.router_examples import read_requests
 
-BASE = "base"
 DEFAULT_CONFIG = Path("integration/adapters.yaml")
+DEFAULT_ROUTER = Path("outputs/router/router.npz")
+DEFAULT_ENCODER = Path("outputs/models/all-MiniLM-L6-v2-F16.gguf")
 RULE_FLAGS = re.IGNORECASE | re.DOTALL
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TOP_KEYS = ("adapters", "base")

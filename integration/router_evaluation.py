@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration._cli import CommandError
-from integration.router_config import BASE
+from integration.ask_format import BASE
 
 if TYPE_CHECKING:
     from integration.routing import Router

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from integration._cli import CommandError
-from integration.router_config import BASE, RouteClass, RouterConfig
+from integration.ask_format import BASE
+from integration.router_config import RouteClass, RouterConfig
 from integration.router_features import features, main_script
 from integration.router_file import RouterData, Settings
 

@@ -14,14 +14,13 @@ from typing import Self
 import numpy as np
 
 from integration._cli import MODEL, CommandError
+from integration.ask_format import BASE
 from integration.embedding import EXPORT_COMMAND, Encoder, clip
-from integration.router_config import BASE, RULE_FLAGS, shorten
+from integration.router_config import RULE_FLAGS, shorten
 from integration.router_features import features, hash_words, main_script
 from integration.router_file import TRAIN_COMMAND, RouterData, load_router
 from integration.router_training import TextEncoder, softmax
 
-DEFAULT_ROUTER = Path("outputs/router/router.npz")
-DEFAULT_ENCODER = Path("outputs/models/all-MiniLM-L6-v2-F16.gguf")
 # How far a later turn must be ahead of the adapter it takes a conversation from.
 SWITCH_MARGIN = 0.3
 # A turn of few words, or a short one that points back, says little by itself: it changes the adapter

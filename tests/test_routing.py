@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from integration.routing import DEFAULT_ENCODER, DEFAULT_ROUTER, Router
+from integration.routing import Router
 from tests.router_stubs import TOPICS, make_router
 
 CODING, SUPPORT = TOPICS["coding"], TOPICS["support"]
@@ -135,10 +135,3 @@ def test_nearest_examples_are_sorted(router):
     assert found[0][0] == pytest.approx(1, abs=1e-3)
     assert found[0][1:] == ("json", text)
     assert [one[0] for one in found] == sorted((one[0] for one in found), reverse=True)
-
-
-def test_defaults_are_those_of_the_command():
-    from integration import router as command
-
-    options = command.build_parser().parse_args(["train"])
-    assert (options.output, options.encoder) == (DEFAULT_ROUTER, DEFAULT_ENCODER)
