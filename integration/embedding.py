@@ -4,7 +4,6 @@ The file is made by `python -m export.export_embedding`. Texts are cut to their 
 the time grows with every token and what a request is about stands at one of its ends.
 """
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from integration._cli import MODEL, CommandError
+from integration.engine import initialize_backend
 from integration.gguf_header import GgufHeader, read_header
 from integration.prefix_store import file_identity
 
@@ -45,7 +45,7 @@ class Encoder:
         self.identity = f"{file_identity(path)}-{HEAD_TOKENS}+{TAIL_TOKENS}"
         self._lib, self._lock = llama_cpp, Lock()
         _logger.set_verbose(False)
-        _initialize_backend()
+        initialize_backend()
         model_params = llama_cpp.llama_model_default_params()
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         params = llama_cpp.llama_context_default_params()
@@ -158,10 +158,3 @@ def check_embedding_file(path: Path) -> GgufHeader:
             MODEL,
         )
     return header
-
-
-@functools.cache
-def _initialize_backend() -> None:
-    import llama_cpp
-
-    llama_cpp.llama_backend_init()

@@ -56,7 +56,7 @@ class Engine:
 
         self._lib = llama_cpp
         _logger.set_verbose(False)
-        _initialize_backend()
+        initialize_backend()
         model_params = llama_cpp.llama_model_default_params()
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         params = llama_cpp.llama_context_default_params()
@@ -276,7 +276,8 @@ def _common(cached: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 @functools.cache
-def _initialize_backend() -> None:
+def initialize_backend() -> None:
+    """Set llama.cpp up, once in a process."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()

@@ -107,12 +107,6 @@ def _parse_row(name: str, line: str) -> dict[str, Any]:
     return row
 
 
-def spread(requests: Sequence[HeldOut], rows: int) -> list[HeldOut]:
-    """Take so many requests, spread evenly over all; 0 takes all."""
-    count = min(rows or len(requests), len(requests))
-    return [requests[at * len(requests) // count] for at in range(count)]
-
-
 def ask(
     model: Path, contender: Contender, requests: Sequence[HeldOut], seed: int, run: AskRunner
 ) -> Answers:

@@ -15,11 +15,10 @@ from scripts.adapter_answers import (
     ask,
     read_held_out,
     requests_path,
-    spread,
 )
 from scripts.adapter_scores import SPECIALITIES, Verdicts, judge, mcnemar_p
 from scripts.code_check import run_check
-from scripts.tool_answers import AskRunner
+from scripts.tool_answers import AskRunner, spread
 from scripts.tool_scores import Share
 
 BASE, INSTRUCTED = "base", "base, instructed"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
-from scripts.benchmark_adapters import NAMES, RUN, find_built
+from scripts.adapter_scores import SPECIALITIES
+from scripts.benchmark_adapters import RUN, find_built
 
 REQUESTS = {
     "json": "Give me a JSON object with the keys name, capital and continent for Kenya.",
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Load, switch, merge and route adapters.")
     parser.parse_args(argv)
     base, adapters = find_built()
-    missing = [name for name in NAMES if name not in adapters]
+    missing = [name for name in SPECIALITIES if name not in adapters]
     if missing:
         raise CommandError(
             f"the adapter '{missing[0]}' is not built; build it: scripts/adapters.sh {missing[0]}",

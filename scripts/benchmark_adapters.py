@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import MODEL, CommandError, log
+from scripts.adapter_scores import SPECIALITIES
 from scripts.benchmark_chat import SENTENCE, run_child
+from scripts.evaluate_adapters import ADAPTER_GLOB, BASE_GLOB, OUTPUTS_DIR, find_newest
 from scripts.machine import usable_threads
 
-BASE_DIR = Path("outputs/smollm2-135m-base/gguf")
 RUN = "outputs/smollm2-135m-{}-cpu"
-NAMES = ("json", "coding", "support")
 COUNTS = (1, 3, 8)
 SWITCH_TARGET, RELOAD_TARGET, MEMORY_TARGET, MERGED_TARGET, DIVERGENCE_TARGET = 20, 20, 2, 1, 1e-4
 
@@ -162,18 +162,18 @@ def find_built() -> tuple[Path, dict[str, Path]]:
     Raises:
         CommandError: Exit 3; they are not there.
     """
-    bases = sorted(BASE_DIR.glob("*-Q8_0.gguf"))
+    base = find_newest(BASE_GLOB)
     adapters = {
-        name: files[-1]
-        for name in NAMES
-        if (files := sorted(Path(RUN.format(name), "gguf").glob("*-LoRA.gguf")))
+        name: path
+        for name in SPECIALITIES
+        if (path := find_newest(ADAPTER_GLOB.format(name=name))) is not None
     }
-    if not bases or not adapters:
+    if base is None or not adapters:
         raise CommandError(
-            f"there is no base in '{BASE_DIR}' with adapters beside it; build them: make adapters",
+            f"there is no base '{OUTPUTS_DIR / BASE_GLOB}' with adapters beside it; build them: make adapters",
             MODEL,
         )
-    return bases[-1], adapters
+    return base, adapters
 
 
 def _export(folder: Path, adapter_dir: Path) -> dict[str, str]:

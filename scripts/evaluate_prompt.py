@@ -18,7 +18,7 @@ from typing import Any
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
 from scripts.prompt_scores import Comparison, Verdict, compare_answers, judge_answers
 from scripts.recipe import write_atomically
-from scripts.tool_answers import AskRunner, run_ask
+from scripts.tool_answers import AskRunner, run_ask, spread
 from scripts.tool_report import percent
 
 QUESTIONS_PATH = Path(__file__).parent / "data" / "prompt_questions.jsonl"
@@ -233,14 +233,13 @@ def main(argv: Sequence[str] | None = None, run: AskRunner = run_ask) -> int:
     if options.rows < 0:
         raise CommandError(f"--rows: got {options.rows}, expected 0 (all) or more")
     every = read_questions(options.questions)
-    count = min(options.rows or len(every), len(every))
-    questions = [every[at * len(every) // count] for at in range(count)]
+    questions = spread(every, options.rows)
     settings = Settings(options.model, options.system, options.adapter, options.route)
     output, parts = evaluate(settings, questions, options.questions, options.output, run)
     print(output, flush=True)
     if parts.with_prompt.hits <= parts.without.hits:
         raise CommandError(
-            f"the prompt does not help: all four parts in {parts.with_prompt.hits} of {count} answers "
+            f"the prompt does not help: all four parts in {parts.with_prompt.hits} of {len(questions)} answers "
             f"with it, {parts.without.hits} without; read {output}, or take a larger model",
             FAILED,
         )

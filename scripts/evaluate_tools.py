@@ -28,6 +28,7 @@ from scripts.tool_answers import (
     ask_gguf,
     read_requests,
     run_ask,
+    spread,
 )
 from scripts.tool_outcomes import Outcome, ToolRequest, judge
 from scripts.tool_scores import compare, score, score_parts
@@ -240,8 +241,7 @@ def evaluate(
     if not settings.with_hf and not settings.files:
         raise CommandError("nobody to ask: leave --no-hf out, or name a file (--files, --gguf)")
     every = read_requests(settings.requests_path)
-    count = min(settings.limit or len(every), len(every))
-    requests = [every[at * len(every) // count] for at in range(count)]
+    requests = spread(every, settings.limit)
     output = recipe.run_dir / OUTPUT_NAME
     inputs = _digest(recipe, settings, requests)
     old = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log
 from scripts.recipe import TrainingRecipe
@@ -23,6 +23,7 @@ PLAIN_TOKENS = 48
 CALL_TOKENS = 128
 BATCH_SIZE = 8
 _ROLES = ("system", "user", "assistant")
+T = TypeVar("T")
 # Runs a command with a text as its stdin and gives its stdout.
 AskRunner = Callable[[Sequence[str], str], str]
 
@@ -33,6 +34,12 @@ class Answers:
 
     answers: list[ToolAnswer]
     seconds: float
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Take so many items, spread evenly over all; 0 takes all."""
+    count = min(count or len(items), len(items))
+    return [items[at * len(items) // count] for at in range(count)]
 
 
 def read_requests(path: Path) -> list[ToolRequest]:

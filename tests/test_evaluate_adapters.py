@@ -17,11 +17,10 @@ from scripts.adapter_answers import (
     ask,
     read_held_out,
     requests_path,
-    spread,
 )
 from scripts.adapter_scores import SPECIALITIES
 from scripts.evaluate_adapters import find_adapters, find_model, main
-from scripts.tool_answers import run_ask
+from scripts.tool_answers import run_ask, spread
 
 SUPPORT = "A dead lamp is no fun.\n\n1. Look.\n2. Wait.\n3. Call.\n\nIf this does not help, write."
 ROWS = {
