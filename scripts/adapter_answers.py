@@ -4,7 +4,6 @@ Models are asked by `integration.ask --jsonl` in a process of its own, greedily 
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 
 from scripts._cli import MODEL, CommandError
 from scripts.adapter_scores import parses_as_python
-from scripts.tool_answers import AskRunner
+from scripts.ask_model import AskRunner, Reply
+from scripts.ask_model import ask as ask_model
 
 DATA_DIR = Path(__file__).parent / "data" / "adapters"
 MAX_TOKENS = 256
@@ -115,43 +115,23 @@ def ask(
     Raises:
         CommandError: It cannot be asked, or a request got no answer.
     """
-    command = [sys.executable, "-m", "integration.ask", "--model", str(model), "--jsonl"]
     # One request at a time: side by side, an answer may depend on its neighbours in the last bits.
-    command += ["--parallel", "1", "--no-tools", "--temperature", "0", "--seed", str(seed)]
-    command += ["--max-tokens", str(MAX_TOKENS), "--route", contender.route]
+    options = ["--parallel", "1", "--no-tools", "--temperature", "0", "--seed", str(seed)]
+    options += ["--max-tokens", str(MAX_TOKENS), "--route", contender.route]
     if contender.adapter_path is not None:
-        command += ["--adapter", f"{contender.route}={contender.adapter_path}"]
+        options += ["--adapter", f"{contender.route}={contender.adapter_path}"]
     if contender.instruction is not None:
-        command += ["--system", contender.instruction]
-    stdin = "".join(
-        json.dumps({"id": one.id, "prompt": one.prompt}, ensure_ascii=False) + "\n"
-        for one in requests
-    )
+        options += ["--system", contender.instruction]
+    rows = [{"id": one.id, "prompt": one.prompt} for one in requests]
     started = time.monotonic()
-    output = run(command, stdin)
+    replies = ask_model(str(model), rows, options, run, needs=["finish_reason", "usage"])
     seconds = time.monotonic() - started
-    answers = dict(_read_object(line) for line in output.split("\n") if line)
-    if missing := [one.id for one in requests if one.id not in answers]:
-        raise CommandError(
-            f"{contender.name} gave no answer to {len(missing)} of {len(requests)} requests, the first "
-            f"is {missing[0]}; expected one object a request from integration.ask --jsonl",
-            MODEL,
-        )
-    return Answers([answers[one.id] for one in requests], seconds)
+    return Answers([_read_reply(reply) for reply in replies], seconds)
 
 
-def _read_object(line: str) -> tuple[str, Answer]:
-    """Read an answer object of `integration.ask`."""
-    try:
-        value = json.loads(line)
-        text, error = value["text"], value["error"]
-        tokens, cut = value["usage"]["completion_tokens"], value["finish_reason"] == "length"
-        request_id = value["id"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CommandError(
-            f"integration.ask wrote a line that is no answer object: {line[:200]}", MODEL
-        ) from problem
-    if error:
-        # A fault of the machine or of the request is no wrong answer.
-        raise CommandError(f"request {request_id} was not answered: {error}", MODEL)
-    return request_id, Answer(text, tokens, cut)
+def _read_reply(reply: Reply) -> Answer:
+    """Read an answer object; a fault of the machine or of the request is no wrong answer."""
+    if reply["error"]:
+        raise CommandError(f"request {reply['id']} was not answered: {reply['error']}", MODEL)
+    cut = reply["finish_reason"] == "length"
+    return Answer(reply["text"], reply["usage"]["completion_tokens"], cut)

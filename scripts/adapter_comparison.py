@@ -17,8 +17,8 @@ from scripts.adapter_answers import (
     requests_path,
 )
 from scripts.adapter_scores import SPECIALITIES, Verdicts, judge, mcnemar_p
+from scripts.ask_model import AskRunner, spread
 from scripts.code_check import run_check
-from scripts.tool_answers import AskRunner, spread
 from scripts.tool_scores import Share
 
 BASE, INSTRUCTED = "base", "base, instructed"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, OK, CommandError, log, run_command
+from scripts.exported_files import exported_types
 
 RECIPE = "scripts/recipes/smollm2-135m-cpu.yaml"
 TOOL_REQUESTS = (
@@ -89,11 +90,10 @@ def _side_by_side(left: str, right: str, width: int = 47) -> str:
     return "\n".join(f"{a:<{width}}   {b}".rstrip() for a, b in zip(*padded, strict=True))
 
 
-def exported_files(run_dir: Path) -> list[Path]:
-    """List the GGUF files of the run's adapter; an earlier adapter's may lie beside them."""
-    folder = run_dir / "gguf"
-    record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    return [folder / name for name in record["current"]]
+def talkative_file(run_dir: Path) -> Path:
+    """Give the file that loses nothing and decodes fast."""
+    (file,) = exported_types(run_dir, "Q8_0")
+    return file.path
 
 
 def summary(run_dir: Path, replies: Sequence[dict[str, Any]], seconds: float) -> str:
@@ -101,9 +101,11 @@ def summary(run_dir: Path, replies: Sequence[dict[str, Any]], seconds: float) ->
     evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     answer = evaluation["answers"][0]
     base, tuned = evaluation["base"], evaluation["tuned"]
-    files = exported_files(run_dir)
-    sizes = "\n".join(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in files)
-    small = next(path for path in files if path.stem.endswith("-Q8_0"))
+    sizes = "\n".join(
+        f"  {file.path.stat().st_size / 1e6:7.1f} MB  {file.path}"
+        for file in exported_types(run_dir, None)
+    )
+    small = talkative_file(run_dir)
     tools = "\n\n".join(map(_tool_text, replies))
     return f"""
 Held-out loss on {tuned["rows"]} conversations that it did not train on (nats per answer token)
@@ -120,6 +122,8 @@ Requests for which it may call a tool; the model decides
 
 Files
 {sizes}
+
+Everything that was measured, to look at: {run_dir / "report.html"}
 
 Done in {seconds:.0f} s. Try next:
   .venv/bin/python -m integration.chat --model {small}
@@ -138,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     _run(["scripts/pipeline.sh", options.recipe])
     run_dir = Path("outputs") / Path(options.recipe).stem
-    model = next(path for path in exported_files(run_dir) if path.stem.endswith("-Q8_0"))
-    replies = ask_with_tools(model)
+    replies = ask_with_tools(talkative_file(run_dir))
     print(summary(run_dir, replies, time.monotonic() - started))
     if not any(call["error"] is None for reply in replies for call in reply["tool_calls"]):
         log(

@@ -24,8 +24,8 @@ from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
 from scripts.adapter_answers import read_held_out
 from scripts.adapter_comparison import Settings, compare_adapter
 from scripts.adapter_scores import SPECIALITIES
+from scripts.ask_model import AskRunner, run_ask
 from scripts.recipe import write_atomically
-from scripts.tool_answers import AskRunner, run_ask
 
 OUTPUT_DIR = Path("outputs/adapters")
 OUTPUT_NAME = "adapters_evaluation.json"

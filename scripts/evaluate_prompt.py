@@ -9,16 +9,16 @@ share of answers has all four parts with the prompt.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
+from scripts.ask_model import AskRunner, run_ask, spread
+from scripts.ask_model import ask as ask_model
 from scripts.prompt_scores import Comparison, Verdict, compare_answers, judge_answers
 from scripts.recipe import write_atomically
-from scripts.tool_answers import AskRunner, run_ask, spread
 from scripts.tool_report import percent
 
 QUESTIONS_PATH = Path(__file__).parent / "data" / "prompt_questions.jsonl"
@@ -98,43 +98,25 @@ def ask(settings: Settings, questions: Sequence[str], is_prompted: bool, run: As
     Raises:
         CommandError: The model cannot be asked, or a question got no answer.
     """
-    command = [sys.executable, "-m", "integration.ask", "--model", settings.model, "--jsonl"]
-    command += ["--temperature", "0", "--seed", "1", "--max-tokens", str(MAX_TOKENS)]
+    options = ["--temperature", "0", "--seed", "1", "--max-tokens", str(MAX_TOKENS)]
     for adapter in settings.adapters:
-        command += ["--adapter", adapter]
+        options += ["--adapter", adapter]
     if settings.route is not None:
-        command += ["--route", settings.route]
+        options += ["--route", settings.route]
     if is_prompted:
-        command += ["--system", settings.system]
+        options += ["--system", settings.system]
     rows = [{"id": number, "prompt": prompt} for number, prompt in enumerate(questions)]
-    stdin = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    found = dict(_read_object(line) for line in run(command, stdin).split("\n") if line)
-    if missing := [number for number in range(len(questions)) if number not in found]:
-        raise CommandError(
-            f"'{settings.model}' gave no answer to {len(missing)} of {len(questions)} questions, the "
-            f"first is '{questions[missing[0]]}'; expected one object a request",
-            MODEL,
-        )
-    answers = [found[number] for number in range(len(questions))]
+    answers = ask_model(settings.model, rows, options, run, needs=["finish_reason", "usage"])
+    for reply in answers:
+        if reply["error"]:
+            raise CommandError(
+                f"question {reply['id'] + 1} was not answered: {reply['error']}", MODEL
+            )
     return Answers(
         [one["text"] for one in answers],
         [one["usage"]["completion_tokens"] for one in answers],
         sum(one["finish_reason"] == "length" for one in answers),
     )
-
-
-def _read_object(line: str) -> tuple[int, dict[str, Any]]:
-    try:
-        value = json.loads(line)
-        number, error = value["id"], value["error"]
-        _ = value["text"], error or (value["finish_reason"], value["usage"]["completion_tokens"])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CommandError(
-            f"integration.ask wrote a line that is no answer object: {line[:200]}", FAILED
-        ) from problem
-    if error:
-        raise CommandError(f"question {number + 1} was not answered: {error}", MODEL)
-    return number, value
 
 
 def markdown(result: Mapping[str, Any]) -> str:

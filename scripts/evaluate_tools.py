@@ -18,34 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts import tool_answers, tool_outcomes, tool_report, tool_scores
+from scripts import ask_model, generation, tool_answers, tool_outcomes, tool_report, tool_scores
 from scripts._cli import MODEL, OK, CommandError, log, run_command
+from scripts.ask_model import AskRunner, run_ask, spread
+from scripts.exported_files import NO_FILES, GgufFile, exported_types
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
-from scripts.tool_answers import (
-    Answers,
-    AskRunner,
-    answer_with_transformers,
-    ask_gguf,
-    read_requests,
-    run_ask,
-    spread,
-)
+from scripts.tool_answers import Answers, answer_with_transformers, ask_gguf, read_requests
 from scripts.tool_outcomes import Outcome, ToolRequest, judge
 from scripts.tool_scores import compare, score, score_parts
 
 REQUESTS_PATH = Path(__file__).parent / "data" / "tool_eval_test.jsonl"
 OUTPUT_NAME = "tools_evaluation.json"
-NO_FILES = "none"
 HfRunner = Callable[[TrainingRecipe, Sequence[ToolRequest]], dict[str, Answers]]
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A file to ask: ``name`` is its type, or what the user calls it; ``tuned`` is one of the run."""
-
-    name: str
-    path: Path
-    tuned: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,44 +72,6 @@ class Contender:
         }
 
 
-def exported_types(run_dir: Path, wanted: str | None) -> list[GgufFile]:
-    """Find the files of the run's adapter, by type.
-
-    Args:
-        run_dir: The run.
-        wanted: Types with commas between, ``none``, or None for every one that is no LoRA GGUF.
-
-    Raises:
-        CommandError: There is no export, or a type is not there.
-    """
-    if wanted == NO_FILES:
-        return []
-    folder = run_dir / "gguf"
-    record_path = folder / "export.json"
-    if not record_path.is_file():
-        raise CommandError(
-            f"'{folder}' has no export.json; export the adapter (python -m export.export_gguf …), or "
-            f"ask no file of the run (--files {NO_FILES})",
-            MODEL,
-        )
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    found = {
-        record["files"][name]["type"].upper(): folder / name
-        for name in record["current"]
-        if not name.endswith("-LoRA.gguf")
-    }
-    # From the finest to the coarsest, whatever they were exported in.
-    found = dict(sorted(found.items(), key=lambda item: -record["files"][item[1].name]["bytes"]))
-    names = list(found) if wanted is None else [name.strip().upper() for name in wanted.split(",")]
-    names = list(dict.fromkeys(names))
-    if missing := [name for name in names if name not in found]:
-        raise CommandError(
-            f"--files: no {', '.join(missing)} in '{folder}', expected some of {', '.join(found)}; "
-            "export the others first"
-        )
-    return [GgufFile(name, found[name]) for name in names]
-
-
 def other_files(values: Sequence[str], taken: Sequence[str]) -> list[GgufFile]:
     """Read ``--gguf NAME=FILE``.
 
@@ -152,7 +98,7 @@ def _digest(recipe: TrainingRecipe, settings: Settings, requests: Sequence[ToolR
     from tools.protocol import system_with_tools
 
     # Not the report: it is written anew each time.
-    modules = (tool_answers, tool_outcomes, tool_scores)
+    modules = (ask_model, generation, tool_answers, tool_outcomes, tool_scores)
     sources = [Path(__file__), *(Path(str(module.__file__)) for module in modules)]
     files = [one.path for one in settings.files]
     weights = recipe.run_dir / "adapter" / "adapter_model.safetensors"

@@ -6,16 +6,16 @@ with transformers. Both decode greedily, and no call is run.
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from scripts._cli import FAILED, MODEL, OK, CommandError, log
+from scripts._cli import MODEL, CommandError, log
+from scripts.ask_model import AskRunner, Reply, ask, run_ask
+from scripts.generation import decode_answer, generate_greedy
 from scripts.recipe import TrainingRecipe
-from scripts.tool_outcomes import NONE, TOOL_NAMES, Call, ToolAnswer, ToolRequest
+from scripts.tool_outcomes import TOOL_NAMES, Call, ToolAnswer, ToolRequest
 
 # A plain answer is known by its beginning: its tokens are cut here, a call's are not.
 PLAIN_TOKENS = 48
@@ -23,9 +23,6 @@ PLAIN_TOKENS = 48
 CALL_TOKENS = 128
 BATCH_SIZE = 8
 _ROLES = ("system", "user", "assistant")
-T = TypeVar("T")
-# Runs a command with a text as its stdin and gives its stdout.
-AskRunner = Callable[[Sequence[str], str], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +31,6 @@ class Answers:
 
     answers: list[ToolAnswer]
     seconds: float
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Take so many items, spread evenly over all; 0 takes all."""
-    count = min(count or len(items), len(items))
-    return [items[at * len(items) // count] for at in range(count)]
 
 
 def read_requests(path: Path) -> list[ToolRequest]:
@@ -128,23 +119,6 @@ def read_answer(text: str) -> ToolAnswer:
 # GGUF ------------------------------------------------------------------------------------------
 
 
-def run_ask(command: Sequence[str], stdin: str) -> str:
-    """Run a command; its progress goes to our stderr.
-
-    Raises:
-        CommandError: It ended with an exit code other than 0 or 1 (some requests failed).
-    """
-    done = subprocess.run(
-        command, input=stdin, stdout=subprocess.PIPE, encoding="utf-8", check=False
-    )
-    if done.returncode not in (OK, FAILED):
-        raise CommandError(
-            f"`{' '.join(command[1:5])}` ended with exit code {done.returncode}; its message is above",
-            done.returncode if done.returncode > 0 else FAILED,
-        )
-    return done.stdout
-
-
 def ask_gguf(
     model: Path, requests: Sequence[ToolRequest], free: bool, run: AskRunner = run_ask
 ) -> Answers:
@@ -153,47 +127,26 @@ def ask_gguf(
     Raises:
         CommandError: It cannot be asked, or a request got no answer.
     """
-    command = [sys.executable, "-m", "integration.ask", "--model", str(model), "--tools", "--jsonl"]
-    command += ["--dry-run", "--temperature", "0", "--seed", "1", "--max-tokens", str(PLAIN_TOKENS)]
-    if free:
-        command.append("--free-calls")
-    lines = [{"id": request.id, "messages": request.messages} for request in requests]
-    stdin = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    options = ["--tools", "--dry-run", "--temperature", "0", "--seed", "1"]
+    options += ["--max-tokens", str(PLAIN_TOKENS), *(["--free-calls"] if free else [])]
+    rows = [{"id": request.id, "messages": request.messages} for request in requests]
     started = time.monotonic()
-    output = run(command, stdin)
+    replies = ask(str(model), rows, options, run, needs=["tool_calls"])
     seconds = time.monotonic() - started
-    answers = dict(_read_object(line) for line in output.split("\n") if line)
-    if missing := [request.id for request in requests if request.id not in answers]:
-        raise CommandError(
-            f"'{model}' gave no answer to {len(missing)} of {len(requests)} requests, the first is "
-            f"{missing[0]}; expected one object a request from integration.ask --jsonl",
-            MODEL,
-        )
-    return Answers([answers[request.id] for request in requests], seconds)
+    return Answers([_read_reply(reply) for reply in replies], seconds)
 
 
-def _read_object(line: str) -> tuple[str, ToolAnswer]:
-    """Read an answer object of `integration.ask`."""
-    try:
-        value = json.loads(line)
-        request_id, text, calls, error = (
-            value[key] for key in ("id", "text", "tool_calls", "error")
-        )
-        # Without running calls there is one at most.
-        first = calls[0] if calls else None
-        name, arguments = (first["name"], first["args"]) if first else (NONE, {})
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CommandError(
-            f"integration.ask wrote a line that is no answer object: {line[:200]}"
-        ) from problem
-    if first is None and error:
+def _read_reply(reply: Reply) -> ToolAnswer:
+    """Read an answer object; without running calls there is one call at most."""
+    first = reply["tool_calls"][0] if reply["tool_calls"] else None
+    if first is None and reply["error"]:
         # Neither a call nor plain text: a fault of the machine or of the request, not a choice.
-        raise CommandError(f"request {request_id} was not answered: {error}", MODEL)
+        raise CommandError(f"request {reply['id']} was not answered: {reply['error']}", MODEL)
     if first is None:
-        return request_id, ToolAnswer(text)
-    if not name:
-        return request_id, ToolAnswer(text, malformed=first.get("error") or "no call")
-    return request_id, ToolAnswer(text, Call(name, arguments))
+        return ToolAnswer(reply["text"])
+    if not first["name"]:
+        return ToolAnswer(reply["text"], malformed=first.get("error") or "no call")
+    return ToolAnswer(reply["text"], Call(first["name"], first["args"]))
 
 
 # transformers ------------------------------------------------------------------------------------
@@ -225,15 +178,24 @@ def generate_answers(
     """Decode answers greedily, requests of similar length side by side."""
     from scripts.render import encode_prompt
     from tools import TOOLS
-    from tools.protocol import with_tool_list
+    from tools.protocol import CALL_START, with_tool_list
+
+    def is_plain(ids: list[int]) -> bool:
+        """Whether to end what is no call, as the GGUF's answers end."""
+        if len(ids) != PLAIN_TOKENS:
+            return False
+        return not decode_answer(tokenizer, ids).lstrip().startswith(CALL_START)
 
     started = time.monotonic()
     prompts = [encode_prompt(tokenizer, with_tool_list(one.messages, TOOLS)) for one in requests]
     texts: dict[int, str] = {}
     for batch in _batches(prompts):
         rooms = [_request_tokens(tokenizer, requests[at]) + CALL_TOKENS for at in batch]
-        written = _generate(model, tokenizer, [prompts[at] for at in batch], max(rooms))
-        texts.update(zip(batch, written, strict=True))
+        rows = [prompts[at] for at in batch]
+        written = generate_greedy(model, tokenizer, rows, max(rooms), is_plain)
+        texts |= {
+            at: decode_answer(tokenizer, one.ids) for at, one in zip(batch, written, strict=True)
+        }
         log(f"evaluate tools: {what}: {len(texts)} of {len(requests)} requests")
     answers = [read_answer(texts[at]) for at in range(len(requests))]
     return Answers(answers, time.monotonic() - started)
@@ -249,64 +211,3 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def _request_tokens(tokenizer: Any, request: ToolRequest) -> int:
     texts = [turn["content"] for turn in request.messages if turn["role"] == "user"]
     return len(tokenizer("\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], room: int) -> list[str]:
-    """Continue prompts of a batch, each up to its end of turn.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Token ids.
-        room: Most new tokens.
-    """
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    from tools.protocol import CALL_START
-
-    width = max(map(len, prompts))
-
-    class PlainAnswersEnd(StoppingCriteria):
-        """Ends what is no call after ``PLAIN_TOKENS``, as the GGUF's answers end."""
-
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            if input_ids.shape[1] - width == PLAIN_TOKENS:
-                for row, ids in enumerate(input_ids[:, width:]):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    done[row] = not text.lstrip().startswith(CALL_START)
-            return done
-
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    ends = _end_tokens(model, tokenizer)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=room,
-            do_sample=False,
-            repetition_penalty=1.0,
-            use_cache=True,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([PlainAnswersEnd()]),
-        )
-    return [_decode(tokenizer, row, ends) for row in output[:, width:].tolist()]
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})
-
-
-def _decode(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> str:
-    end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
-    # Without the clean-up of spaces, which would change copied texts.
-    text: str = tokenizer.decode(
-        ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text

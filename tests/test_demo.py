@@ -16,7 +16,11 @@ def run_dir(tmp_path):
     # The last one is of an earlier adapter: there, but not current.
     for name in ("m-F16", "m-Q8_0", "a-Q8_0"):
         (tmp_path / f"gguf/{name}.gguf").write_bytes(bytes(2_000_000))
-    record = json.dumps({"current": ["m-F16.gguf", "m-Q8_0.gguf"]})
+    files = {
+        f"{name}.gguf": {"type": name[2:], "bytes": 2_000_000}
+        for name in ("m-F16", "m-Q8_0", "a-Q8_0")
+    }
+    record = json.dumps({"current": ["m-F16.gguf", "m-Q8_0.gguf"], "files": files})
     (tmp_path / "gguf/export.json").write_text(record)
     evaluation = {
         "base": {"loss": 2.5, "perplexity": 12.18, "rows": 7},
@@ -37,6 +41,7 @@ def test_summary_shows_figures_answers_call_sizes_and_commands(run_dir):
         "Why?",
         "called text_formatter",
         "2.0 MB",
+        "report.html",
     ]:
         assert part in text
     assert "a-Q8_0" not in text

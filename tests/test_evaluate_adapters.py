@@ -19,8 +19,8 @@ from scripts.adapter_answers import (
     requests_path,
 )
 from scripts.adapter_scores import SPECIALITIES
+from scripts.ask_model import run_ask, spread
 from scripts.evaluate_adapters import find_adapters, find_model, main
-from scripts.tool_answers import run_ask, spread
 
 SUPPORT = "A dead lamp is no fun.\n\n1. Look.\n2. Wait.\n3. Call.\n\nIf this does not help, write."
 ROWS = {

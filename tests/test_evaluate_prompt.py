@@ -5,8 +5,8 @@ import json
 import pytest
 
 from scripts._cli import FAILED, MODEL, CommandError
+from scripts.ask_model import run_ask
 from scripts.evaluate_prompt import MAX_TOKENS, main, read_questions
-from scripts.tool_answers import run_ask
 
 PLAIN = "The sky scatters {} light."
 
@@ -143,10 +143,10 @@ def test_rows_are_spread_over_the_file(evaluate):
     ("run", "message", "code"),
     [
         (FakeAsk(error="too long"), "was not answered: too long", MODEL),
-        (FakeAsk(usage={}), "no answer object", FAILED),
-        (FakeAsk(id=0), "no answer to 5 of 6 questions, the first is 'q1 ü'", MODEL),
+        (FakeAsk(usage={}), "no answer object", MODEL),
+        (FakeAsk(id=0), "no answer to 5 of 6 requests, the first is 1;", MODEL),
         (lambda *_: "", "no answer to 6 of 6", MODEL),
-        (lambda *_: "oops\n", "no answer object: oops", FAILED),
+        (lambda *_: "oops\n", "no answer object: oops", MODEL),
     ],
 )
 def test_answers_that_are_missing_or_none_end_it(evaluate, tmp_path, run, message, code):

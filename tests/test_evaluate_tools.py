@@ -9,6 +9,7 @@ import pytest
 
 from scripts import evaluate_tools
 from scripts._cli import CommandError
+from scripts.ask_model import run_ask
 from scripts.evaluate_tools import exported_types, main, other_files
 from scripts.tool_answers import (
     PLAIN_TOKENS,
@@ -17,7 +18,6 @@ from scripts.tool_answers import (
     generate_answers,
     read_answer,
     read_requests,
-    run_ask,
 )
 from scripts.tool_outcomes import Call, ToolAnswer, ToolRequest
 from tools import TOOLS
@@ -140,7 +140,7 @@ def test_every_contender_is_asked_and_written(run_dir, capsys):
     assert command[:3] == [sys.executable, "-m", "integration.ask"]
     assert command[command.index("--model") + 1] == str(run_dir / "gguf/m-F16.gguf")
     assert command[5:] == [
-        "--tools", "--jsonl", "--dry-run", "--temperature", "0", "--seed", "1", "--max-tokens", "48",
+        "--jsonl", "--tools", "--dry-run", "--temperature", "0", "--seed", "1", "--max-tokens", "48",
     ]  # fmt: skip
     assert ask.commands[1] == [*command, "--free-calls"]
 
