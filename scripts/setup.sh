@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 
 LLAMA_CPP_PYTHON_VERSION=0.3.36
 MISTRAL_COMMON_VERSION=1.13.1
+LLAMA_INDEX_VERSION=0.14.25
 TORCH_VERSION=2.13.0
 NEED_DISK_GIB=5
 CACHE_DIR="${TOMEFORGE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/tomeforge}"
@@ -165,6 +166,21 @@ install_test_tokenizers() {
   fi
 }
 
+# What NLTK needs to split sentences (punkt_tab, English), for the checkers of verifiable rules. NLTK would download
+# it when it is first used; llama-index-core carries it, so that it comes from the package index like all else.
+install_punkt() {
+  local folder="$SHARE_DIR/nltk_data/tokenizers/punkt_tab" incoming="$SHARE_DIR/nltk_data.tmp"
+  if [ ! -f "$folder/english/abbrev_types.txt" ]; then
+    say "fetching NLTK's sentence splitter (12 MB)"
+    rm -rf "$incoming" "$folder"
+    mkdir -p "$incoming" "$(dirname "$folder")"
+    "$PY" -m pip download -q --no-deps -d "$incoming" "llama-index-core==$LLAMA_INDEX_VERSION"
+    "$PY" -m zipfile -e "$incoming"/llama_index_core-*.whl "$incoming/unpacked"
+    mv "$incoming/unpacked/llama_index/core/_static/nltk_cache/tokenizers/punkt_tab" "$folder"
+    rm -rf "$incoming"
+  fi
+}
+
 # Faster code for three quantization types (export/fast_quantize.py). Without it the export is slower, no more.
 install_fast_quants() {
   local folder="$SHARE_DIR/tomeforge" source=export/fast_quants.c compiler key
@@ -204,7 +220,7 @@ else
 fi
 STAMP_FILE=.venv/tomeforge-setup
 if [ -x "$PY" ] && [ "$(cat "$STAMP_FILE" 2>/dev/null)" = "$(stamp)" ] && [ -f "$SHARE_DIR/llama.cpp/convert_hf_to_gguf.py" ] &&
-  [ -d "$SHARE_DIR/mistral-common" ]; then
+  [ -d "$SHARE_DIR/mistral-common" ] && [ -d "$SHARE_DIR/nltk_data/tokenizers/punkt_tab" ]; then
   install_fast_quants
   say "nothing to do ($MACHINE)"
   exit 0
@@ -226,6 +242,7 @@ install_torch
 install_packages
 install_llama_cpp
 install_test_tokenizers
+install_punkt
 install_fast_quants
 stamp >"$STAMP_FILE"
 say "done in $SECONDS s; next: make demo"

