@@ -1,7 +1,7 @@
 """The child process of export.verify_gguf: all that llama.cpp does with a file.
 
 A damaged file, or a tokenizer that does not fit, makes llama.cpp abort its whole process: better
-this one than the one that asks.
+this one than the one that asks. `export.measure_gguf` loads and evaluates with the same functions.
 
 Run: python -m export.llama_probe, requests on stdin (by export.verify_gguf)
 """
@@ -22,9 +22,71 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Tokens evaluated at once: their logits, (128, V) in float32, are 25 MB for 49,152 tokens.
-_BATCH = 128
+BATCH = 128
 # Positions compared at once, few enough for the processor's cache.
 _PIECE = 8
+
+
+def load_model(gguf: str, n_ctx: int, n_threads: int) -> Any:
+    """Load a file as a `llama_cpp.Llama`; 0 threads are llama.cpp's choice.
+
+    Raises:
+        CommandError: Exit 3: llama.cpp refuses it.
+    """
+    import llama_cpp
+
+    try:
+        return llama_cpp.Llama(
+            gguf,
+            n_ctx=n_ctx,
+            n_batch=BATCH,
+            verbose=False,
+            n_threads=n_threads or None,
+            n_threads_batch=n_threads or None,
+        )
+    except ValueError as error:
+        raise CommandError(
+            f"'{gguf}' is unusable: llama.cpp cannot load the file: {error}", MODEL
+        ) from error
+
+
+def evaluate_row(model: Any, ids: Sequence[int]) -> "Iterator[tuple[int, np.ndarray]]":
+    """Evaluate a row from its start, in portions; gives where each begins, and its logits."""
+    import llama_cpp
+
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+    for start in range(0, len(ids), BATCH):
+        yield start, evaluate_portion(model, ids[start : start + BATCH], start)
+
+
+def evaluate_portion(model: Any, ids: Sequence[int], start: int) -> "np.ndarray":
+    """Evaluate at most `BATCH` tokens behind the `start` that are evaluated already.
+
+    Returns:
+        Logits, float32 of shape (tokens, V), valid until the next evaluation.
+
+    Raises:
+        CommandError: Exit 3: llama.cpp failed.
+    """
+    import llama_cpp
+    import numpy as np
+
+    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+    try:
+        batch.n_tokens = len(ids)
+        for at, token in enumerate(ids):
+            batch.token[at], batch.pos[at] = token, start + at
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+            batch.logits[at] = True
+        code = llama_cpp.llama_decode(model.ctx, batch)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if code != 0:
+        raise CommandError(
+            f"llama.cpp cannot evaluate {start + len(ids)} tokens (llama_decode: {code})", MODEL
+        )
+    shape = (len(ids), model.n_vocab())
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=shape)
 
 
 class Probe:
@@ -46,19 +108,7 @@ class Probe:
         import llama_cpp
 
         tell("loading")
-        try:
-            self._model = llama_cpp.Llama(
-                gguf,
-                n_ctx=n_ctx,
-                n_batch=_BATCH,
-                verbose=False,
-                n_threads=n_threads or None,
-                n_threads_batch=n_threads or None,
-            )
-        except ValueError as error:
-            raise CommandError(
-                f"'{gguf}' is unusable: llama.cpp cannot load the file: {error}", MODEL
-            ) from error
+        self._model = load_model(gguf, n_ctx, n_threads)
         vocab = llama_cpp.llama_model_get_vocab(self._model.model)
         ends = [
             token
@@ -93,40 +143,13 @@ class Probe:
         first = 0
         for row in reference.rows:
             if max(row.ids) < self._model.n_vocab():
-                for start, logits in self._logits(row.ids):
+                for start, logits in evaluate_row(self._model, row.ids):
                     for at in range(0, len(logits), _PIECE):
                         part = logits[at : at + _PIECE]
                         expected = reference.log_probs(first + start + at, len(part))
                         found.add(row, start + at, expected, part, width)
             first += len(row.ids)
         return asdict(found)
-
-    def _logits(self, ids: Sequence[int]) -> "Iterator[tuple[int, np.ndarray]]":
-        """Evaluate a row in portions; each array, (n, V), is valid until the next one."""
-        import llama_cpp
-        import numpy as np
-
-        context = self._model.ctx
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
-        try:
-            for start in range(0, len(ids), _BATCH):
-                part = ids[start : start + _BATCH]
-                batch.n_tokens = len(part)
-                for at, token in enumerate(part):
-                    batch.token[at], batch.pos[at] = token, start + at
-                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
-                    batch.logits[at] = True
-                code = llama_cpp.llama_decode(context, batch)
-                if code != 0:
-                    raise CommandError(
-                        f"llama.cpp cannot evaluate {len(ids)} tokens (llama_decode: {code})", MODEL
-                    )
-                pointer = llama_cpp.llama_get_logits(context)
-                shape = (len(part), self._model.n_vocab())
-                yield start, np.ctypeslib.as_array(pointer, shape=shape)
-        finally:
-            llama_cpp.llama_batch_free(batch)
 
     def generate(self, messages: list[Any], max_new_tokens: int) -> dict[str, Any]:
         """Answer greedily; `ids` are the prompt and the answer, `start` the answer's place."""
