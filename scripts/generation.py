@@ -8,10 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# A text that repeated itself this often and this long goes on like that.
-LOOP_REPEATS, LOOP_TOKENS, LONGEST_PERIOD = 4, 64, 64
-_LOOK_EVERY = 16
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -34,19 +30,6 @@ def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def find_period(ids: Sequence[int]) -> int | None:
-    """Find the shortest period in which a sequence ends, if it repeated long enough.
-
-    Args:
-        ids: Token ids; the last ``LOOP_REPEATS`` periods, and at least ``LOOP_TOKENS``, are compared.
-    """
-    for period in range(1, LONGEST_PERIOD + 1):
-        length = max(LOOP_REPEATS * period, LOOP_TOKENS)
-        if length <= len(ids) and ids[-length:-period] == ids[len(ids) - length + period :]:
-            return period
-    return None
-
-
 def generate_greedy(
     model: Any,
     tokenizer: Any,
@@ -55,9 +38,6 @@ def generate_greedy(
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[Generated]:
     """Continue the prompts of one batch.
-
-    A greedy answer that has begun to repeat itself exactly is filled up with its repetition instead
-    of being computed to its limit.
 
     Args:
         model: A causal language model with a key-value cache.
@@ -102,7 +82,7 @@ def generate_greedy(
                     continue
                 answer = answers[row]
                 answer.append(token)
-                if not _is_full(answer, max_new_tokens) and not (stop and stop(answer)):
+                if len(answer) < max_new_tokens and not (stop and stop(answer)):
                     kept.append(place)
             if not kept:
                 break
@@ -116,11 +96,3 @@ def generate_greedy(
             positions = positions[:, -1:] + 1
     model.train(was_training)
     return [Generated(*one) for one in zip(answers, ended, strict=True)]
-
-
-def _is_full(answer: list[int], room: int) -> bool:
-    """Whether an answer needs no further token; one that loops is filled up."""
-    if len(answer) % _LOOK_EVERY == 0 and (period := find_period(answer)):
-        while len(answer) < room:
-            answer.append(answer[-period])
-    return len(answer) >= room

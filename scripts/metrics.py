@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +27,53 @@ def trained_tokens(rows: Sequence[dict[str, Any]]) -> int:
     return max((row["tokens"] for row in rows if "tokens" in row), default=0)
 
 
-def plot_loss(metrics_path: Path, image_path: Path) -> None:
-    """Draw training loss, held-out loss and learning rate over steps from ``metrics.jsonl``."""
-    import matplotlib
+@dataclass(frozen=True)
+class LossColors:
+    """Colors of the curves."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    training: str = "#1f4e79"
+    held_out: str = "#2e7d32"
+    rate: str = "#c55a11"
 
-    rows = read_metrics(metrics_path)
+
+def has_losses(rows: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether there is a training loss to draw."""
+    return any(row.get("loss") is not None for row in rows)
+
+
+def draw_loss(axes: Any, rows: Sequence[dict[str, Any]], colors: LossColors = LossColors()) -> None:
+    """Draw training loss, held-out loss and learning rate over steps on matplotlib's axes."""
     steps = [
         (row["step"], row["loss"], row["learning_rate"])
         for row in rows
         if row.get("loss") is not None
     ]
-    if not steps:
-        return
     numbers, losses, rates = zip(*steps, strict=True)
     held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss")]
     window = max(1, len(losses) // 20)
     parts = [losses[max(0, at - window) : at + 1] for at in range(len(losses))]
     smooth = [sum(part) / len(part) for part in parts]
     dot = "o" if len(losses) == 1 else None  # a line needs two points
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     right = axes.twinx()
     right.set_zorder(-1)  # behind the losses
     axes.patch.set_visible(False)
-    axes.plot(numbers, losses, color="#1f4e79", alpha=0.35, linewidth=1)
+    axes.plot(numbers, losses, color=colors.training, alpha=0.35, linewidth=1)
     axes.plot(
-        numbers, smooth, color="#1f4e79", linewidth=2, marker=dot, label="training loss (smoothed)"
+        numbers,
+        smooth,
+        color=colors.training,
+        linewidth=2,
+        marker=dot,
+        label="training loss (smoothed)",
     )
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="#2e7d32", marker="o", label="held-out loss")
+        axes.plot(
+            *zip(*held_out, strict=True), color=colors.held_out, marker="o", label="held-out loss"
+        )
     right.plot(
         numbers,
         rates,
-        color="#c55a11",
+        color=colors.rate,
         linewidth=1,
         linestyle="--",
         marker=dot,
@@ -70,9 +83,23 @@ def plot_loss(metrics_path: Path, image_path: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss per trained token (nats)")
     axes.grid(alpha=0.25)
-    right.set_ylabel("learning rate", color="#c55a11")
+    right.set_ylabel("learning rate", color=colors.rate)
     right.set_ylim(0, 1.15 * max(rates) or 1)
     axes.legend(handles=[*axes.get_lines()[1:], *right.get_lines()], loc="upper right")
+
+
+def plot_loss(metrics_path: Path, image_path: Path) -> None:
+    """Draw ``metrics.jsonl`` as a picture; nothing while no step was trained."""
+    rows = read_metrics(metrics_path)
+    if not has_losses(rows):
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    draw_loss(axes, rows)
     figure.tight_layout()
     temporary = image_path.with_name(f".{image_path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")

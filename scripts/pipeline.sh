@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline: prepare -> train -> evaluate -> export -> verify. Stages that are done and still valid are skipped.
+# The whole pipeline: prepare -> train -> evaluate -> export -> verify -> report. Stages that are done and still valid are skipped.
 #
 #   scripts/pipeline.sh scripts/recipes/smollm2-135m-cpu.yaml
 #   scripts/pipeline.sh RECIPE --from export --to verify
@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-STAGES=(prepare train evaluate export verify)
+STAGES=(prepare train evaluate export verify report)
 QUANTIZATION="${QUANTIZATION:-F16,Q8_0,Q4_K_M}"
 usage() {
   printf 'usage: scripts/pipeline.sh RECIPE [--from STAGE] [--to STAGE]\nstages: %s\n' "${STAGES[*]}"
@@ -22,7 +22,7 @@ stage_number() {
   fail "unknown stage '$1', expected one of: ${STAGES[*]}"
 }
 
-RECIPE="" FROM=0 TO=4
+RECIPE="" FROM=0 TO=$((${#STAGES[@]} - 1))
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
@@ -60,11 +60,16 @@ for name in export["current"]:
         print(folder / name)
 '
 
+# Every file's answers would take minutes: `evaluate_model` without --ask lets the files answer too.
+evaluate() {
+  "$PY" -m scripts.evaluate_model --config "$RECIPE" --output-root "$OUTPUTS" --ask base,tuned
+}
+
 run_stage() {
   case "$1" in
     prepare) "$PY" -m scripts.prepare_data --config "$RECIPE" --output-root "$OUTPUTS" ;;
     train) "$PY" -m scripts.train_lora --config "$RECIPE" --output-root "$OUTPUTS" ;;
-    evaluate) "$PY" -m scripts.evaluate_model --config "$RECIPE" --output-root "$OUTPUTS" ;;
+    evaluate) evaluate ;;
     export) "$PY" -m export.export_gguf "$RUN/adapter" --output "$RUN/gguf" --quantization "$QUANTIZATION" ;;
     verify)
       local certificate="$RUN/gguf/certificate.json" files=()
@@ -76,6 +81,8 @@ run_stage() {
         "$PY" -m export.verify_gguf "${files[@]}" --reference "$RUN/adapter" >/dev/null
       fi
       echo "$certificate" ;;
+    # Measures what the export has added, and writes the report.
+    report) evaluate ;;
   esac
 }
 for number in $(seq "$FROM" "$TO"); do

@@ -61,6 +61,10 @@ class TrainingRecipe:
     )
     eval_fraction: float = _option(0.08, "share of the rows held out for evaluation")
     max_eval_rows: int = _option(200, "hold out at most this many rows")
+    eval_prompts: int = _option(
+        -1, "base and tuned answer this many of the shipped prompts; -1 = all, 0 = none"
+    )
+    eval_answer_tokens: int = _option(512, "their answers are cut here")
 
     prompt_format: str = _option("model", "model = its own chat template, or alpaca")
     max_length: int = _option(512, "longer conversations are cut at a turn, or dropped")
@@ -150,6 +154,8 @@ def _range_problems(recipe: TrainingRecipe) -> typing.Iterator[str]:
         ("save_total_limit", recipe.save_total_limit >= 1, "at least 1"),
         ("lora_dropout", 0 <= recipe.lora_dropout < 1, "at least 0 and less than 1"),
         ("max_eval_rows", recipe.max_eval_rows >= 1, "at least 1"),
+        ("eval_prompts", recipe.eval_prompts >= -1, "-1 or more"),
+        ("eval_answer_tokens", recipe.eval_answer_tokens >= 1, "at least 1"),
         ("logging_steps", recipe.logging_steps >= 1, "at least 1"),
         ("warmup_steps", recipe.warmup_steps >= 0, "0 or more"),
         ("lora_target_modules", bool(recipe.lora_target_modules), "at least one module"),

@@ -45,6 +45,8 @@ NEUTRAL_KEYS = (
     "save_total_limit",
     "checkpoint_dir",
     "report_to",
+    "eval_prompts",
+    "eval_answer_tokens",
 )
 
 
