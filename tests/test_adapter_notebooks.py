@@ -2,69 +2,29 @@
 
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
-from traitlets.config import Config
 
-from tests.command_lines import ROOT, problems
+from tests.command_lines import ROOT
 from tests.conftest import make_adapter
+from tests.notebooks import (
+    check_form,
+    code_cells,
+    execute,
+    small_notebook,
+    stored,
+    wrong_commands,
+)
 
-NOTEBOOKS = sorted((ROOT / "scripts").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "scripts").glob("adapters_*.ipynb"))
 NAMES = ("json", "coding", "support")
-SECONDS_A_CELL = 120
 # The first cells after the title, in every notebook: what Colab needs, where we are, what is missing.
 COMMON = ("colab", "paths", "build")
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def code_cells(notebook: nbformat.NotebookNode) -> dict[str, nbformat.NotebookNode]:
-    return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-
-
-def commands(source: str) -> list[str]:
-    """Lines of a cell, those that a backslash continues joined."""
-    return re.sub(r"\\\n\s*", "", source).splitlines()
-
-
-def stored(notebook: nbformat.NotebookNode) -> list[str]:
-    """Cells that keep what a run left."""
-    return [
-        cell.id
-        for cell in code_cells(notebook).values()
-        if cell.outputs or cell.execution_count is not None or cell.metadata
-    ]
-
-
-def wrong_commands(notebook: nbformat.NotebookNode) -> list[str]:
-    lines = [line for cell in notebook.cells for line in commands(cell.source)]
-    return [problem for line in lines for problem in problems(line)]
-
-
-def execute(notebook: nbformat.NotebookNode, folder: Path = ROOT) -> str:
-    """Run a notebook in a kernel of its own; give all that its cells printed."""
-    with tempfile.TemporaryDirectory() as sockets:
-        # Files instead of TCP ports: nothing else on the machine can get in the way.
-        transport = {"transport": "ipc", "ip": str(Path(sockets, "kernel"))}
-        NotebookClient(
-            notebook,
-            config=Config({"KernelManager": transport}),
-            timeout=SECONDS_A_CELL,
-            startup_timeout=SECONDS_A_CELL,
-            resources={"metadata": {"path": str(folder)}},
-        ).execute()
-    outputs = [output for cell in code_cells(notebook).values() for output in cell.outputs]
-    return "".join(output.get("text", "") for output in outputs)
-
-
-def small_notebook(*sources: str) -> nbformat.NotebookNode:
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    return nbformat.v4.new_notebook(cells=cells)
 
 
 def test_there_are_three():
@@ -75,17 +35,10 @@ def test_there_are_three():
 
 @by_name
 def test_form(path):
-    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
-    nbformat.validate(notebook)
-    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert len(notebook.cells) <= 15
-    assert stored(notebook) == []
+    check_form(path, most_cells=15)
     first, cells = (nbformat.read(one, 4) for one in (NOTEBOOKS[0], path))
     for name in COMMON:
         assert code_cells(cells)[name].source == code_cells(first)[name].source
-    # As nbformat writes it, so that a run and a "clear all outputs" leave the file as it was.
-    assert path.read_text(encoding="utf-8") == nbformat.writes(notebook) + "\n"
 
 
 def test_output_left_in_a_cell_is_noticed():
@@ -226,9 +179,8 @@ def test_broken_cell_is_noticed(sources, problem):
 
 
 @pytest.mark.model
-def test_cell_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.test_adapter_notebooks.SECONDS_A_CELL", 4)
+def test_cell_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     pid_file = tmp_path / "pid"
     with pytest.raises(CellTimeoutError):
-        execute(small_notebook(f"%%bash\necho $$ > {pid_file}\nsleep 300"))
+        execute(small_notebook(f"%%bash\necho $$ > {pid_file}\nsleep 300"), seconds_a_cell=4)
     assert not Path("/proc", pid_file.read_text().strip()).exists()
