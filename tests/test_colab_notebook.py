@@ -247,6 +247,22 @@ def test_install_on_colab(colab, tmp_path):
         execute(small_notebook(named), tmp_path)
 
 
+@pytest.mark.model
+def test_on_an_own_machine_it_stays_in_the_clone(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.setenv("TOMEFORGE_OUTPUTS", str(tmp_path))
+    cells = code_cells(read())
+    sources = [cells[name].source for name in ("install", "settings", "folders")]
+    # From scripts/, where Jupyter starts a notebook that is opened there.
+    text = execute(small_notebook(*sources), ROOT / "scripts")
+    assert f"working directory {ROOT}\n" in text
+    run = tmp_path / "tinyllama-1.1b-colab"
+    assert f"results in {run}, kept in {run}\n" in text
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CellExecutionError, match="exit code 2"):
+        execute(small_notebook(*sources, "!exit 2\nstop_if_failed()"))
+
+
 def make_checkout(folder: Path) -> Path:
     """The repository as Colab would have cloned it, with a set-up that has nothing to do."""
     (folder / "scripts").mkdir(parents=True)
