@@ -25,7 +25,7 @@ from scripts._cli import FAILED, MODEL, OK, CommandError, log, run_command
 from scripts.answer_style import Answer
 from scripts.ask_model import AskRunner, run_ask, spread
 from scripts.conversations import RowRejectedError, to_conversation
-from scripts.evaluation_gguf import Runner, answer_prompts, measure, run_measure
+from scripts.evaluation_gguf import Runner, affordable, answer_prompts, measure, run_measure
 from scripts.evaluation_hf import BASE, TUNED, HuggingFaceModels
 from scripts.evaluation_result import Contender, Measured, to_json
 from scripts.exported_files import exported_types, has_current_export
@@ -166,7 +166,10 @@ class _Evaluation:
     def gguf(self, name: str, path: Path, ask: AskRunner, run: Runner) -> Contender:
         """Measure a file of the export."""
         key = _sha256(path)
-        measured = self._measured(name, key, lambda: measure(path, self._rows, run))
+        rows = affordable(path, self._rows)
+        if len(rows) < len(self._rows):
+            log(f"evaluate: {name}: {len(rows)} of {len(self._rows)} held-out rows, for time")
+        measured = self._measured(name, key, lambda: measure(path, rows, run))
         answers: list[Answer] = []
         seconds = 0.0
         if self._is_asked(name):

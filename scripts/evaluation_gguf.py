@@ -14,11 +14,14 @@ from typing import Any
 
 from scripts._cli import FAILED, MODEL, CommandError
 from scripts.answer_style import Answer
-from scripts.ask_model import AskRunner, Reply, ask
+from scripts.ask_model import AskRunner, Reply, ask, spread
 from scripts.ifeval import Prompt
 from scripts.machine import usable_threads
 from scripts.render import EncodedConversation
 
+_DECODE_TOKENS = 32
+# Tokens times bytes of a file: about three minutes of two cores, for a model of any size.
+_MOST_WORK = 10**13
 # Runs a command and gives its stdout.
 Runner = Callable[[Sequence[str]], str]
 
@@ -38,6 +41,13 @@ def run_measure(command: Sequence[str]) -> str:
     return done.stdout
 
 
+def affordable(path: Path, rows: Sequence[EncodedConversation]) -> Sequence[EncodedConversation]:
+    """Take rows, spread evenly, of which a CPU measures the loss of a file in a few minutes."""
+    tokens = sum(len(row.input_ids) for row in rows)
+    share = _MOST_WORK / path.stat().st_size / max(1, tokens)
+    return rows if share >= 1 else spread(rows, max(1, int(share * len(rows))))
+
+
 def measure(
     path: Path, rows: Sequence[EncodedConversation], run: Runner = run_measure
 ) -> dict[str, Any]:
@@ -51,7 +61,7 @@ def measure(
         lines = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
         rows_path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         command = [sys.executable, "-m", "export.measure_gguf", str(path), "--rows", str(rows_path)]
-        command += ["--threads", str(usable_threads())]
+        command += ["--threads", str(usable_threads()), "--decode-tokens", str(_DECODE_TOKENS)]
         try:
             measured: dict[str, Any] = json.loads(run(command))
         except json.JSONDecodeError as error:

@@ -72,7 +72,7 @@ class HuggingFaceModels:
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=MAX_QUESTION_TOKENS,
+                    max_new_tokens=min(MAX_QUESTION_TOKENS, self._recipe.eval_answer_tokens),
                     do_sample=False,
                     repetition_penalty=1.1,
                     use_cache=True,

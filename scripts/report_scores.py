@@ -103,6 +103,13 @@ def before_and_after(evaluation: dict[str, Any]) -> list[Block]:
         "Under each figure its 95 % interval. The interval of a change, at the top, is narrower: there "
         "each conversation is compared with itself."
     )
+    fewer = [
+        f"{name} on {plural(one['loss']['rows'], 'conversation')}"
+        for name, one in contenders.items()
+        if one["loss"]["rows"] < held_out["rows"]
+    ]
+    if fewer:
+        explained += f" For time, measured on fewer of them: {', '.join(fewer)}."
     if ifeval := evaluation.get("ifeval"):
         explained += (
             f" {plural(ifeval['asked'], 'prompt')} with rules that a program can check, answers of at "

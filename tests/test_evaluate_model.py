@@ -296,6 +296,19 @@ def test_missing_inputs_say_what_to_do(work, monkeypatch):
     assert caught.value.exit_code == MODEL
 
 
+def test_a_large_file_is_measured_on_fewer_rows(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(100))
+    rows = [EncodedConversation([number] * 10, [1] * 10) for number in range(20)]
+    assert evaluation_gguf.affordable(path, rows) is rows
+    monkeypatch.setattr(evaluation_gguf, "_MOST_WORK", 100 * 100)  # 100 tokens
+    assert [row.input_ids[0] for row in evaluation_gguf.affordable(path, rows)] == [
+        *range(0, 20, 2)
+    ]
+    monkeypatch.setattr(evaluation_gguf, "_MOST_WORK", 1)
+    assert len(evaluation_gguf.affordable(path, rows)) == 1
+
+
 def test_failures_of_children_end_with_their_code(work, tmp_path):
     with pytest.raises(
         CommandError, match="ended with exit code 3; its message is above"

@@ -666,3 +666,12 @@ def test_command_prints_the_path(report, tmp_path, capsys):
     assert yaml.safe_load(config.read_text())["run_name"] == "tiny"
     assert main(["--config", str(config)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'tiny/report.html'}\n"
+
+
+def test_files_that_were_measured_on_fewer_rows_are_named(report):
+    told = evaluation()
+    page, _ = report({"evaluation.json": told})
+    assert "For time, measured on fewer of them" not in page
+    told["contenders"]["Q8_0"]["loss"]["rows"] = 4
+    page, _ = report({"evaluation.json": told})
+    assert "For time, measured on fewer of them: Q8_0 on 4 conversations." in page
