@@ -19,7 +19,7 @@ adapters-demo: adapters ## load, switch, stack, merge and route them
 	@$(PY) -m scripts.adapters_demo
 
 test: setup ## run the whole test suite
-	@$(PY) -m pytest -n auto --dist loadscope
+	@$(PY) -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 check: setup ## lint, format and type check
 	@$(PY) -m ruff check .

@@ -23,6 +23,12 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 MAX_WORKERS = 4  # a worker may hold 2 GB
+# Modules that take half a minute or more begin first, so that all workers end at the same time.
+LONGEST = (
+    "test_train_lora", "test_rehearsal", "test_adapter_notebooks", "test_colab_notebook", "test_resume",
+    "test_distributed", "test_verify_gguf", "test_export_lora_gguf", "test_benchmark_export", "test_export_base",
+    "test_evaluate_adapters", "test_benchmark_chat", "test_one_pass", "test_export_gguf",
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Multiples of 256, so that K-quants are what they say.
 TINY_CONFIG = {
@@ -39,6 +45,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker a core that this process may use; pytest-xdist would count physical ones."""
     affine = hasattr(os, "sched_getaffinity")
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest modules first; the order within a module stays."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -132,11 +132,9 @@ def test_merge(run, outputs):
     assert re.search(r"^merged .* MB, reads +\d+, writes +\d+ tokens/s", text, flags=re.MULTILINE)
     assert "FROM " in text  # the Modelfile
     assert (outputs / "merged/coding-16bit/config.json").is_file()
-    # The twin of its own check: the merge of one adapter is not that of two.
-    cells = code_cells(nbformat.read(ROOT / "scripts/adapters_2_merge.ipynb", 4))
-    wrong = cells["compare"].source.replace("merged/json-coding/", "merged/coding/")
-    with pytest.raises(CellExecutionError, match="AssertionError"):
-        execute(small_notebook(cells["paths"].source, wrong))
+    # The twin of its check: without its adapter, the base is another model.
+    (apart,) = re.findall(r"^base +(\d\.\de[+-]\d+) ", text, flags=re.MULTILINE)
+    assert float(apart) > 1e-4
 
 
 @pytest.mark.model

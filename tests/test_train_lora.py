@@ -139,8 +139,12 @@ def test_same_seed_same_bytes_and_another_seed_others(base_run, train):
 def test_tuned_model_is_measured_to_be_better(base_run, capsys):
     from scripts import evaluate_model
 
-    assert evaluate_model.main(["--config", str(base_run / "recipe.yaml")]) == 0
+    few = ["--eval-prompts", "2", "--eval-answer-tokens", "8"]
+    assert evaluate_model.main(["--config", str(base_run / "recipe.yaml"), *few]) == 0
     result = json.loads((base_run / "evaluation.json").read_text())
+    answers = result["prompts"][0]["answers"]
+    assert answers["base (HF)"]["tokens"] == answers["tuned (HF)"]["tokens"] == 8
+    assert answers["base (HF)"]["text"] != answers["tuned (HF)"]["text"]
     assert result["tuned"]["loss"] < result["base"]["loss"] - 0.1
     # The trainer measured the same rows at its last step.
     measured = provenance_of(base_run)["training"]["held_out_loss"]
