@@ -25,9 +25,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 MAX_WORKERS = 4  # a worker may hold 2 GB
 # Modules that take half a minute or more begin first, so that all workers end at the same time.
 LONGEST = (
-    "test_train_lora", "test_rehearsal", "test_adapter_notebooks", "test_colab_notebook", "test_resume",
-    "test_distributed", "test_verify_gguf", "test_export_lora_gguf", "test_benchmark_export", "test_export_base",
-    "test_evaluate_adapters", "test_benchmark_chat", "test_one_pass", "test_export_gguf",
+    "test_train_lora", "test_rehearsal", "test_adapter_notebooks", "test_colab_notebook",
+    "test_resume", "test_distributed", "test_verify_gguf", "test_export_lora_gguf",
+    "test_benchmark_export", "test_export_base", "test_evaluate_adapters", "test_benchmark_chat",
+    "test_one_pass", "test_export_gguf",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Multiples of 256, so that K-quants are what they say.

@@ -55,7 +55,7 @@ def run(tree: Path, *command: str, fail: str = "") -> tuple[int, list[str]]:
         ("demo", [f"{PYTHON} -m scripts.demo"]),
         ("adapters", ["scripts/adapters.sh"]),
         ("adapters-demo", ["scripts/adapters.sh", f"{PYTHON} -m scripts.adapters_demo"]),
-        ("test", [f"{PYTHON} -m pytest -n auto --dist loadscope"]),
+        ("test", [f"{PYTHON} -m pytest -n auto --dist loadscope --no-loadscope-reorder"]),
         (
             "check",
             [f"{PYTHON} -m {words}" for words in ("ruff check .", "ruff format --check .", "mypy")],
