@@ -40,6 +40,11 @@ VERIFY_START, VERIFY_FLOPS = 5.0, 160e9
 # `evaluate`: imports, then two greedy answers; a token reads all weights once, in 16 bits.
 EVALUATE_START, ANSWER_TOKENS, TOKEN_SECONDS = 10.0, 240, 0.02
 CPU_READ_RATE, CUDA_READ_RATE = 20e9, 300e9
+# Then base and tuned answer prompts, so many side by side (SmolLM2-135M on two cores: 0.12 s a step
+# of 16, answers of 250 tokens in the mean; a GPU is taken to be 100 times faster).
+PROMPTS, PROMPTS_AT_ONCE, MEAN_ANSWER, ANSWER_FLOPS, CUDA_SPEED_UP = 96, 16, 250, 40e9, 100
+# Loss, speed and memory of each file, on the CPU; large files take fewer rows (evaluation_gguf.py).
+MEASURE_START, MEASURE_LIMIT = 4.0, 200.0
 CHECKPOINT_SECONDS, WRITE_RATE = 0.5, 100e6
 DOWNLOAD_RATE = 50e6  # an assumption: nothing is downloaded to measure it
 
@@ -170,11 +175,23 @@ def _speed(threads: int) -> float:
 
 
 def evaluate_seconds(inputs: PlanInputs) -> float:
-    """Estimate the evaluation stage: base and tuned on the held-out rows, two answers."""
+    """Estimate evaluation and report: held-out rows and answers of base and tuned, then each file."""
     read_rate = CUDA_READ_RATE if inputs.on_cuda else CPU_READ_RATE
     answers = ANSWER_TOKENS * (TOKEN_SECONDS + 2 * inputs.parameters / read_rate)
     losses = 2 * FORWARD_SHARE * inputs.seconds_per_token * inputs.eval_tokens
-    return EVALUATE_START + inputs.load_seconds + losses + answers
+    speed = _speed(inputs.threads)
+    prompts = PROMPTS if inputs.recipe.eval_prompts < 0 else inputs.recipe.eval_prompts
+    steps = (
+        2
+        * math.ceil(prompts / PROMPTS_AT_ONCE)
+        * min(MEAN_ANSWER, inputs.recipe.eval_answer_tokens)
+    )
+    flops = ANSWER_FLOPS * (CUDA_SPEED_UP if inputs.on_cuda else speed)
+    step = TOKEN_SECONDS + PROMPTS_AT_ONCE * 2 * inputs.parameters / flops
+    reading = inputs.eval_tokens * 2 * inputs.parameters / VERIFY_FLOPS / speed
+    files = len(inputs.quantizations) * (MEASURE_START + min(MEASURE_LIMIT, reading))
+    start = EVALUATE_START + inputs.load_seconds
+    return start + losses + answers + steps * step + files
 
 
 def plan_time(inputs: PlanInputs, rows: int | None = None) -> TimePlan:
@@ -239,8 +256,8 @@ def rows_within_budget(inputs: PlanInputs, budget_seconds: float) -> int:
         raise CommandError(
             f"a time budget of {format_duration(budget_seconds)} is too short: model load, "
             f"evaluation and export alone need about {format_duration(fixed.total)}, and "
-            f"{least} rows on top take{_enough(whole.total)}; give more time, fewer GGUF types, or a smaller "
-            "model"
+            f"{least} rows on top take{_enough(whole.total)}; give more time, fewer GGUF types, fewer prompts "
+            "(--eval-prompts 16), or a smaller model"
         )
     return low * step_rows
 

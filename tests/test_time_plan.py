@@ -7,9 +7,13 @@ import pytest
 
 from scripts._cli import CommandError
 from scripts.estimates import Workload
+from scripts.evaluate_model import PROMPTS_PATH
 from scripts.recipe import TrainingRecipe
 from scripts.time_plan import (
+    FORWARD_SHARE,
+    PROMPTS,
     PlanInputs,
+    evaluate_seconds,
     export_seconds,
     format_duration,
     parse_duration,
@@ -18,7 +22,9 @@ from scripts.time_plan import (
     verify_seconds,
 )
 
-RECIPE = TrainingRecipe(per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=20)
+RECIPE = TrainingRecipe(
+    per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=20, eval_prompts=0
+)
 
 
 def inputs(recipe=RECIPE, num_rows=10_000, **more) -> PlanInputs:
@@ -145,6 +151,28 @@ def test_plan_prices_export_and_verification_of_its_types():
     assert two["export"] == export_seconds(134_515_008, ["F16", "Q4_K_M"], 4)
     assert two["verification"] == verify_seconds(134_515_008, 2, 4)
     assert stages("Q4_K_M")["verification"] < two["verification"]
+
+
+def test_plan_prices_answers_and_files():
+    def evaluation(kinds=(), **recipe):
+        changed = dataclasses.replace(RECIPE, **recipe)
+        return plan_time(inputs(changed, num_rows=80, quantizations=kinds)).seconds["evaluation"]
+
+    none = evaluation(eval_prompts=0)
+    # The demo: a batch of 16 prompts of 96 tokens took base and tuned some 25 s.
+    few = evaluation(eval_prompts=16, eval_answer_tokens=96)
+    assert few - none == pytest.approx(25, rel=0.2)
+    assert evaluation(eval_prompts=17, eval_answer_tokens=96) - none == pytest.approx(
+        2 * (few - none)
+    )
+    assert evaluation(eval_prompts=-1) == evaluation(eval_prompts=PROMPTS) > few
+    assert len(PROMPTS_PATH.read_text(encoding="utf-8").splitlines()) == PROMPTS
+    # 5,733 rows' tokens took each file of the demo some 13 s.
+    assert evaluation(("Q8_0",), eval_prompts=0) - none == pytest.approx(13, rel=0.2)
+    large = dataclasses.replace(inputs(num_rows=80), parameters=7_000_000_000, eval_tokens=10**6)
+    more = dataclasses.replace(large, eval_tokens=2 * 10**6)
+    losses = 2 * FORWARD_SHARE * 0.002 * 10**6
+    assert evaluate_seconds(more) - evaluate_seconds(large) == pytest.approx(losses)
 
 
 def test_plan_counts_steps_and_tokens_as_the_trainer_does():
