@@ -23,9 +23,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 MAX_WORKERS = 4  # a worker may hold 2 GB
-# Modules that take half a minute or more begin first, so that all workers end at the same time.
+# Modules that take half a minute or more begin first, so that all workers end at the same time;
+# among the very first is one that does not wait for the embedded model to be unpacked.
 LONGEST = (
-    "test_train_lora", "test_rehearsal", "test_adapter_notebooks", "test_colab_notebook",
+    "test_train_lora", "test_layout", "test_rehearsal", "test_adapter_notebooks", "test_colab_notebook",
     "test_resume", "test_distributed", "test_verify_gguf", "test_export_lora_gguf",
     "test_benchmark_export", "test_export_base", "test_evaluate_adapters", "test_benchmark_chat",
     "test_one_pass", "test_export_gguf",
