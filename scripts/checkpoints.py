@@ -1,10 +1,10 @@
 """Checkpoints that are known to be whole: each carries a manifest of its files, written last."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from scripts._cli import log
+from scripts.provenance import sha256_file
 from scripts.recipe import write_atomically
 
 MANIFEST = "complete.json"
@@ -12,15 +12,10 @@ _FINISHED, _STATE = "finished.json", "trainer_state.json"
 _NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def seal(checkpoint: Path) -> None:
     """Write the manifest of a checkpoint whose files are all there."""
     files = sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST)
-    sums = {path.name: _sha256(path) for path in files if path.is_file()}
+    sums = {path.name: sha256_file(path) for path in files if path.is_file()}
     write_atomically(checkpoint / MANIFEST, json.dumps(sums, indent=2) + "\n")
 
 
@@ -42,7 +37,7 @@ def defect(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != expected:
+        if sha256_file(path) != expected:
             return f"{name} is damaged"
     return None
 

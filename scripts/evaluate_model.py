@@ -31,6 +31,7 @@ from scripts.evaluation_result import Contender, Measured, to_json
 from scripts.exported_files import exported_types, has_current_export
 from scripts.ifeval import Prompt, read_prompts
 from scripts.prepare_data import load_rows
+from scripts.provenance import sha256_file
 from scripts.read_rows import check_unreadable, open_rows
 from scripts.recipe import TrainingRecipe, parse_recipe, write_atomically
 from scripts.render import EncodedConversation, encode_rows
@@ -63,14 +64,9 @@ class Settings:
     asked: list[str] | None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _key(*parts: Any) -> str:
     """Hash what a measurement depends on, this program's own ways included."""
-    sources = [_sha256(Path(str(module.__file__))) for module in (generation, held_out)]
+    sources = [sha256_file(Path(str(module.__file__))) for module in (generation, held_out)]
     return hashlib.sha256(json.dumps([sources, *parts]).encode()).hexdigest()[:16]
 
 
@@ -165,7 +161,7 @@ class _Evaluation:
 
     def gguf(self, name: str, path: Path, ask: AskRunner, run: Runner) -> Contender:
         """Measure a file of the export."""
-        key = _sha256(path)
+        key = sha256_file(path)
         rows = affordable(path, self._rows)
         if len(rows) < len(self._rows):
             log(f"evaluate: {name}: {len(rows)} of {len(self._rows)} held-out rows, for time")
@@ -233,7 +229,7 @@ def evaluate(
         )
     started = time.monotonic()
     work = _Evaluation(recipe, rows, prompts, settings, hf_models(recipe))
-    adapter = _sha256(weights)
+    adapter = sha256_file(weights)
     contenders = [work.huggingface(role, adapter) for role in (BASE, TUNED)]
     contenders += [work.gguf(file.name, file.path, ask, run) for file in files]
     result = to_json(recipe, adapter, eval_path, contenders, prompts)

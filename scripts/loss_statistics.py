@@ -14,8 +14,8 @@ from scripts.held_out import RowLoss
 _LARGEST_EXPONENT = 700  # exp of more is no float
 
 
-def _interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float] | None:
-    """Give a ratio of sums with the ends of its 95 % interval; None of the ends for a single row."""
+def _interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float] | None:
+    """Give the 95 % interval of a ratio of sums; None of a single row."""
     total = sum(counts)
     ratio = sum(sums) / total
     rows = len(sums)
@@ -26,7 +26,7 @@ def _interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, floa
     squares = sum((one - ratio * count) ** 2 for one, count in zip(sums, counts, strict=True))
     error = math.sqrt(rows / (rows - 1) * squares) / total
     half = float(t.ppf(0.975, rows - 1)) * error
-    return ratio, ratio - half, ratio + half
+    return ratio - half, ratio + half
 
 
 def _perplexity(loss: float) -> float:
@@ -43,8 +43,7 @@ def summarize(rows: Sequence[RowLoss]) -> dict[str, Any]:
     if not sum(counts):
         raise ValueError("no token is scored")
     loss = sum(sums) / sum(counts)
-    found = _interval(sums, counts)
-    ends = found[1:] if found else None
+    ends = _interval(sums, counts)
     return {
         "loss": round(loss, 4),
         "perplexity": _perplexity(loss),
@@ -65,10 +64,10 @@ def change(before: Sequence[RowLoss], after: Sequence[RowLoss]) -> dict[str, Any
     if counts != [count for _, count in after]:
         raise ValueError("the two models were not measured on the same tokens")
     differences = [now - then for (then, _), (now, _) in zip(before, after, strict=True)]
-    found = _interval(differences, counts)
+    ends = _interval(differences, counts)
     return {
         "loss": round(sum(differences) / sum(counts), 4),
-        "loss_95": [round(end, 4) for end in found[1:]] if found else None,
+        "loss_95": [round(end, 4) for end in ends] if ends else None,
         "rows_better": sum(one < 0 for one in differences),
         "rows": len(differences),
     }

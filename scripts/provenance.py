@@ -66,6 +66,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes; give the hex digest."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def commit() -> str | None:
     """Name the commit of this program, with ``-dirty`` after it where files were changed."""
     try:

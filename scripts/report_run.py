@@ -1,7 +1,6 @@
 """The files of a run, read once for its report, and the commands that write them."""
 
 import contextlib
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import yaml
 
 from scripts._cli import CommandError
 from scripts.metrics import read_metrics
+from scripts.provenance import sha256_file
 from scripts.recipe import TrainingRecipe
 from scripts.report_blocks import Hint
 from scripts.report_numbers import clean
@@ -146,8 +146,7 @@ def adapter_hash(run: RunFiles) -> str | None:
     """Compute the SHA-256 of the adapter's weights; None if there are none."""
     if not run.adapter_path.is_file():
         return None
-    with run.adapter_path.open("rb") as weights:
-        return hashlib.file_digest(weights, "sha256").hexdigest()
+    return sha256_file(run.adapter_path)
 
 
 def export_hint(run: RunFiles, text: str) -> Hint:
